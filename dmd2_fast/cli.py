@@ -1,0 +1,205 @@
+"""`dmd2-fast`: one subcommand for every step around training, each handing over to one function."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from dmd2_fast.errors import UserError
+
+DESCRIPTION = """Few-step distillation of diffusion models: everything around the training itself,
+which is `deepspeed train.py --config ds_digits.json`."""
+
+
+def _doctor(_: argparse.Namespace) -> None:
+    from dmd2_fast.doctor import doctor
+
+    print(doctor())
+
+
+def _prepare(arguments: argparse.Namespace) -> None:
+    from dmd2_fast.config import load_config
+
+    config = load_config(arguments.config, arguments.set)
+    from dmd2_fast.data import prepare_digits
+
+    prepare_digits(config.data.path)
+    print(f"{config.data.path}: ready")
+
+
+def _teacher(arguments: argparse.Namespace) -> None:
+    from dmd2_fast.config import load_config
+
+    config = load_config(arguments.config, arguments.set)
+    if config.teacher.training is None:
+        raise UserError(
+            f"{arguments.config}: dmd2_fast.teacher.training is null, so there is no teacher to train: "
+            f"{config.model.path} is taken as it is."
+        )
+    from dmd2_fast.teacher import train_teacher
+
+    train_teacher(config)
+
+
+def _config(arguments: argparse.Namespace) -> None:
+    from dmd2_fast.config import load_config
+
+    print(json.dumps(load_config(arguments.config, arguments.set, arguments.ranks).to_dict(), indent=2))
+
+
+def _existing_run(arguments: argparse.Namespace) -> Path:
+    from dmd2_fast.errors import RunFolderError
+    from dmd2_fast.runs import is_run_folder
+
+    run = Path(arguments.run)
+    if not is_run_folder(run):
+        what = "has no config.json" if run.is_dir() else "does not exist"
+        raise RunFolderError(f"{run} {what}: expected the folder of a run, such as runs/digits.")
+    return run
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    run = _existing_run(arguments)
+    from dmd2_fast.evaluation import evaluate_run
+    from dmd2_fast.report import format_table, write_report
+
+    print(format_table(evaluate_run(run)))
+    write_report(run)
+
+
+def _sample(arguments: argparse.Namespace) -> None:
+    run = _existing_run(arguments)
+    from dmd2_fast.export import sample_run
+
+    sample_run(run, arguments.num, arguments.seed, Path(arguments.out))
+    print(arguments.out)
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    run = _existing_run(arguments)
+    from dmd2_fast.report import write_report
+
+    print(write_report(run))
+
+
+def _at_least(minimum: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"{value} is below {minimum}")
+        return value
+
+    return number
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--config FILE` and a repeatable `--set dotted.key=value`."""
+    parser.add_argument("--config", required=True, metavar="FILE", help="configuration, such as ds_digits.json")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override one setting, as in run.iterations=500; the value is JSON, or else text (repeatable)",
+    )
+
+
+def _add_run_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run", required=True, metavar="FOLDER", help="folder of a run, such as runs/digits")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="dmd2-fast",
+        description=DESCRIPTION,
+        epilog="example:\n  dmd2-fast doctor",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, action: Callable[..., None], about: str, example: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(
+            name,
+            help=about,
+            description=about[0].upper() + about[1:] + ".",
+            epilog=f"example:\n  dmd2-fast {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        added.set_defaults(action=action)
+        return added
+
+    command("doctor", _doctor, "say what is installed, what each operator runs on and what is missing", "doctor")
+
+    prepare = command(
+        "prepare", _prepare, "write the training data as WebDataset shards", "prepare --digits --config ds_digits.json"
+    )
+    prepare.add_argument(
+        "--digits", action="store_true", required=True, help="the 1,797 handwritten digits that scikit-learn ships"
+    )
+    add_config_arguments(prepare)
+
+    add_config_arguments(
+        command("teacher", _teacher, "train the small teacher from nothing", "teacher --config ds_digits.json")
+    )
+
+    _add_run_argument(
+        command(
+            "evaluate", _evaluate, "measure a finished run and write its summary.json", "evaluate --run runs/digits"
+        )
+    )
+
+    sample = command(
+        "sample",
+        _sample,
+        "draw samples from a run's generator",
+        "sample --run runs/digits --num 100 --seed 1 --out digits.png",
+    )
+    _add_run_argument(sample)
+    sample.add_argument("--num", type=_at_least(1), default=64, help="how many samples (default: 64)")
+    sample.add_argument("--seed", type=_at_least(0), default=0, help="seed of noise and labels (default: 0)")
+    sample.add_argument(
+        "--out", default="samples.png", metavar="FILE", help=".png or .safetensors (default: samples.png)"
+    )
+
+    _add_run_argument(
+        command("report", _report, "write a run's report.html, also while it is going on", "report --run runs/digits")
+    )
+
+    shown = command(
+        "config",
+        _config,
+        "check a configuration and print it with every default",
+        "config --config ds_digits.json --set run.iterations=500",
+    )
+    add_config_arguments(shown)
+    shown.add_argument("--ranks", type=_at_least(1), default=1, help="ranks the batch must divide over (default: 1)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; 0, or 2 with the message on stderr where the user has something to mend."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        arguments.action(arguments)
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"dmd2-fast: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("dmd2-fast: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of a pipe, such as head, has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,268 @@
+"""The `dmd2_fast` section as frozen dataclasses: every setting with its unit, range, default and where it comes from.
+
+The annotations are the schema: `config_parse.parse` reads types, `Literal` choices and `Range` limits from them.
+"Paper" is DMD2, arXiv 2405.14867. Iterations count fake-score updates; the generator moves every `ttur_ratio`-th.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal
+
+from dmd2_fast.config_parse import Length, Range, to_json
+
+Positive = Annotated[float, Range(gt=0)]
+NonNegative = Annotated[float, Range(ge=0)]
+Fraction = Annotated[float, Range(ge=0, le=1)]
+Decay = Annotated[float, Range(ge=0, lt=1)]
+Count = Annotated[int, Range(ge=1)]
+CountOrZero = Annotated[int, Range(ge=0)]
+Seed = Annotated[int, Range(ge=0, lt=2**64)]
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """`{"type": "AdamW", "params": {...}}`: everything but the type is written under `params`."""
+
+    json_group: ClassVar[str] = "params"
+
+    type: Literal["AdamW"] = "AdamW"
+    """The optimizer: AdamW (decoupled weight decay), fused where the machine has it."""
+    lr: Positive = 5e-7
+    """Peak learning rate, > 0. Default: the paper's SDXL."""
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    """Decay of the first and second moment, each in [0, 1). Default: the paper; 0 for the first suits a GAN."""
+    eps: Positive = 1e-8
+    """Added to the root of the second moment, > 0."""
+    weight_decay: NonNegative = 0.01
+    """Decoupled weight decay, >= 0. Default: the paper."""
+
+
+@dataclass(frozen=True)
+class LRSchedulerConfig:
+    """`{"type": "constant" | "cosine", "params": {...}}`. Counts iterations, as the original does, not updates."""
+
+    json_group: ClassVar[str] = "params"
+
+    type: Literal["constant", "cosine"] = "constant"
+    """After the linear warm-up: hold the rate, or a half cosine down to `final_ratio` at the last iteration."""
+    warmup_iterations: CountOrZero = 500
+    """Iterations of linear warm-up from 0, >= 0. Default: the paper."""
+    final_ratio: Fraction = 0.1
+    """Rate at the last iteration over the peak rate, in [0, 1]; for cosine only."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network that all three start from."""
+
+    path: str
+    """Folder of the teacher. Required."""
+    kind: Literal["unet2d"] = "unet2d"
+    """The adapter: a class-conditional diffusers UNet2DModel."""
+    lora: None = None
+    """Low-rank adapters; only null (train every weight) in this release."""
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    """The few-step student."""
+
+    steps: Annotated[tuple[NonNegative, ...], Length(1)]
+    """The generator's noise levels, strictly decreasing, in the schedule's own unit: DDPM timesteps (999, 749, 499,
+    249), Karras sigmas, rectified-flow times. One entry: a 1-step generator. Required."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """Moves every `fake_score.ttur_ratio`-th iteration."""
+    lr_scheduler: LRSchedulerConfig = LRSchedulerConfig()
+    """Learning rate over iterations."""
+    gradient_clipping: NonNegative = 10.0
+    """Largest norm of the whole gradient, >= 0; 0 for no clipping. Default: the paper."""
+    ema: Decay | None = 0.999
+    """Decay of the averaged weights per generator update, in [0, 1), or null for none. Samples and exports use it."""
+    input: Literal["backward_simulation"] = "backward_simulation"
+    """Where the input of a later step comes from: the generator's own chain, as at inference (paper, section 4.5)."""
+    rollout_index: Literal["batch", "sample"] = "batch"
+    """The trained step: one index for the whole batch (the paper), or one per sample out of one full chain."""
+
+
+@dataclass(frozen=True)
+class FakeScoreConfig:
+    """The score network of the generator's distribution, with the GAN head."""
+
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """Moves every iteration; it holds the GAN head too."""
+    lr_scheduler: LRSchedulerConfig = LRSchedulerConfig()
+    """Learning rate over iterations."""
+    gradient_clipping: NonNegative = 10.0
+    """Largest norm of the whole gradient, >= 0; 0 for no clipping. Default: the paper."""
+    ttur_ratio: Count = 5
+    """Two time-scale rule: fake-score updates per generator update, >= 1. Default: the paper, section 4.2."""
+
+
+@dataclass(frozen=True)
+class TeacherTrainingConfig:
+    """How to train a small teacher from nothing (`dmd2-fast teacher`)."""
+
+    network: Annotated[dict[str, Any], Length(1)]
+    """Keyword arguments of diffusers' UNet2DModel, channels counted after the patches are folded. Required."""
+    iterations: Count = 2000
+    """Training steps, >= 1."""
+    batch_size: Count = 64
+    """Images a step, over all ranks, >= 1."""
+    optimizer: OptimizerConfig = OptimizerConfig(lr=1e-3)
+    """Constant rate after a short warm-up and a cosine to the end, set by the teacher's trainer."""
+    ema: Decay = 0.999
+    """Decay of the averaged weights per step, in [0, 1): the averaged weights become the teacher."""
+    label_dropout: Annotated[float, Range(ge=0, lt=1)] = 0.0
+    """Probability that a label is replaced by the empty one, in [0, 1): classifier-free guidance needs it above 0."""
+    seed: Seed = 0
+    """Seed of weights, data order and noise, in [0, 2^64)."""
+    schedule: Literal["karras", "ddpm", "rectified_flow"] = "karras"
+    """The noise schedule; it fixes the unit of `generator.steps`."""
+    sigma_data: Positive | None = None
+    """Standard deviation of the data for the EDM preconditioning, > 0; null measures it on the training split."""
+    patch_size: Count = 2
+    """Side of the pixel squares folded into channels before the network (pixel-unshuffle), >= 1."""
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """The frozen network that knows the real distribution."""
+
+    guidance_scale: NonNegative = 1.0
+    """Classifier-free guidance: uncond + scale (cond - uncond); 1 runs no unconditional pass. SDXL 8, SD1.5 1.75."""
+    training: TeacherTrainingConfig | None = None
+    """How `dmd2-fast teacher` makes the teacher, or null when it comes from elsewhere."""
+
+
+@dataclass(frozen=True)
+class DistributionMatchingConfig:
+    """The DMD gradient."""
+
+    weight: NonNegative = 1.0
+    """Weight of the loss in the generator's, >= 0; 0 for a GAN alone."""
+    divergence: Literal["reverse_kl"] = "reverse_kl"
+    """The divergence that is minimised; reverse KL is DMD2."""
+    t_range: tuple[Fraction, Fraction] = (0.02, 0.98)
+    """Range of noise levels as fractions of the schedule, increasing. Default: the paper."""
+
+
+@dataclass(frozen=True)
+class R1Config:
+    """The gradient penalty of the GAN head on noised real samples."""
+
+    kind: Literal["none", "approximate"] = "none"
+    """approximate: ((D(x_t) - D(x_t + s n)) / s)^2 at the same t and condition, without a double backward."""
+    weight: Positive = 1.0
+    """Weight of the penalty in the fake score's loss, > 0 (half of the usual gamma)."""
+    std: Positive = 0.1
+    """Size s of the perturbation as a fraction of each sample's root mean square, > 0."""
+    interval: Count = 1
+    """Every how many iterations the penalty is taken, >= 1 (lazy regularisation)."""
+
+
+@dataclass(frozen=True)
+class AdversarialConfig:
+    """The diffusion GAN."""
+
+    generator_weight: NonNegative = 5e-3
+    """Weight of softplus(-D(fake)) in the generator's loss, >= 0. Default: the paper's SDXL."""
+    discriminator_weight: NonNegative = 1e-2
+    """Weight of the discriminator's loss in the fake score's, >= 0. Default: the paper."""
+    features: Literal["fake_score", "teacher"] = "fake_score"
+    """Whose features the head reads: the fake score's, which the GAN then trains too (paper), or the teacher's."""
+    levels: Annotated[tuple[Literal["mid"], ...], Length(1)] = ("mid",)
+    """The feature maps that get a head; mid is the bottleneck (paper)."""
+    t_range: tuple[Fraction, Fraction] = (0.0, 1.0)
+    """Range of noise levels as fractions of the schedule, increasing. Default: the paper. Not read by shared passes."""
+    r1: R1Config = R1Config()
+    """The gradient penalty."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The real samples."""
+
+    path: str
+    """Folder with train-*.tar and test-*.tar. Required."""
+    kind: Literal["webdataset"] = "webdataset"
+    """WebDataset shards: members of one key are one sample."""
+    loader: Literal["auto", "dali", "plain"] = "auto"
+    """DALI pipeline, plain PyTorch reader (the same batches), or DALI where it is installed."""
+    num_threads: Count = 2
+    """Threads that decode, per rank, >= 1."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The run itself."""
+
+    folder: str
+    """Where everything is written; an existing folder of the same configuration is resumed. Required."""
+    iterations: Count = 20000
+    """Fake-score updates in all, >= 1."""
+    seed: Seed = 0
+    """Seed of every random draw, in [0, 2^64)."""
+    log_interval: Count = 10
+    """Iterations between lines of metrics.jsonl, >= 1: the only times the device is read."""
+    checkpoint_interval: Count = 250
+    """Iterations between checkpoints, >= 1; the last iteration always writes one."""
+    keep_checkpoints: Count = 2
+    """Newest checkpoints that are kept, >= 1."""
+    sample_interval: CountOrZero = 100
+    """Iterations between grids of fixed-noise samples, >= 0; 0 for none."""
+    num_samples: Count = 2000
+    """Samples of the final evaluation, >= 1."""
+    progress: bool = True
+    """Whether a progress bar is shown."""
+    gather: Literal["module", "network"] = "module"
+    """How passes that do not update a network get at its sharded weights: module by module through ZeRO-3's hooks
+    (least memory), or a whole network at once, without hooks (fast for small networks; holds whole copies then)."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """The whole `dmd2_fast` section."""
+
+    model: ModelConfig
+    """The network that all three start from."""
+    generator: GeneratorConfig
+    """The few-step student."""
+    data: DataConfig
+    """The real samples."""
+    run: RunConfig
+    """The run itself."""
+    fake_score: FakeScoreConfig = FakeScoreConfig()
+    """The score network of the generator's distribution."""
+    teacher: TeacherConfig = TeacherConfig()
+    """The frozen network."""
+    distribution_matching: DistributionMatchingConfig = DistributionMatchingConfig()
+    """The DMD gradient."""
+    adversarial: AdversarialConfig = AdversarialConfig()
+    """The diffusion GAN."""
+    passes: Literal["independent", "shared"] = "independent"
+    """The GAN's own noise level and noise (the paper), or its logits at the draws of the DMD and denoising losses, from
+    passes that run anyway: another estimator of the same expectation, and fewer forwards."""
+
+
+@dataclass(frozen=True)
+class Config(Section):
+    """A checked configuration: our sections, DeepSpeed's part and the batch it comes to on this many ranks."""
+
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """DeepSpeed's own keys, as they were given."""
+    micro_batch_size: int = 1
+    """Samples of one forward on one rank."""
+    gradient_accumulation_steps: int = 1
+    """Forwards of each rank that make one update."""
+    world_size: int = 1
+    """Ranks the batch was worked out for."""
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples of one update over all ranks."""
+        return self.micro_batch_size * self.gradient_accumulation_steps * self.world_size
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON this configuration can be loaded from again, every default written out. Ranks do not change it."""
+        return {**self.deepspeed, "dmd2_fast": to_json(self, Section)}

@@ -1,0 +1,160 @@
+"""`dmd2-fast`: what each subcommand hands on, messages without stack traces, exit codes, help."""
+
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from dmd2_fast.cli import build_parser, main
+from dmd2_fast.config import load_config
+from dmd2_fast.errors import DataError
+
+ROOT = Path(__file__).parents[1]
+DIGITS = str(ROOT / "ds_digits.json")
+COMMANDS = ("doctor", "prepare", "teacher", "evaluate", "sample", "report", "config")
+
+
+class Calls(list):
+    """What the modules behind the subcommands were called with; `install` puts a stand-in for one in place."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.monkeypatch = monkeypatch
+
+    def install(self, module, name, result):
+        def function(*arguments):
+            self.append((name, *arguments))
+            if isinstance(result, BaseException):
+                raise result
+            return result
+
+        stand_in = types.ModuleType(f"dmd2_fast.{module}")
+        setattr(stand_in, name, function)
+        self.monkeypatch.setitem(sys.modules, f"dmd2_fast.{module}", stand_in)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    calls = Calls(monkeypatch)
+    calls.install("data", "prepare_digits", None)
+    calls.install("teacher", "train_teacher", None)
+    calls.install("evaluation", "evaluate_run", {"rows": [{"network": "generator", "evaluations": 4, "fd": 0.5}]})
+    calls.install("export", "sample_run", None)
+    calls.install("doctor", "doctor", "all is well")
+    return calls
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(load_config(DIGITS).to_dict()))
+    return folder
+
+
+def test_config_prints_what_loads_again(capsys, tmp_path):
+    assert main(["config", "--config", DIGITS, "--set", "run.iterations=7", "--set", "generator.ema=null"]) == 0
+    path = tmp_path / "c.json"
+    path.write_text(capsys.readouterr().out)
+    assert load_config(path) == load_config(DIGITS, ["run.iterations=7", "generator.ema=null"])
+    assert main(["config", "--config", DIGITS, "--ranks", "3"]) == 2
+    assert "3 ranks" in capsys.readouterr().err
+
+
+def test_prepare_and_teacher_get_what_the_config_says(calls):
+    assert main(["prepare", "--digits", "--config", DIGITS, "--set", "data.path=elsewhere"]) == 0
+    assert main(["teacher", "--config", DIGITS, "--set", "teacher.training.iterations=3"]) == 0
+    assert calls[0] == ("prepare_digits", "elsewhere")
+    assert calls[1] == ("train_teacher", load_config(DIGITS, ["teacher.training.iterations=3"]))
+
+
+def test_commands_on_a_run(calls, run_folder, capsys):
+    run = str(run_folder)
+    assert main(["evaluate", "--run", run]) == 0
+    assert "generator" in capsys.readouterr().out
+    assert main(["sample", "--run", run, "--num", "9", "--seed", "4", "--out", "x.png"]) == 0
+    assert main(["report", "--run", run]) == 0
+    assert main(["doctor"]) == 0
+    assert calls == [("evaluate_run", run_folder), ("sample_run", run_folder, 9, 4, Path("x.png")), ("doctor",)]
+    assert "<!doctype html>" in (run_folder / "report.html").read_text()
+    assert capsys.readouterr().out.splitlines() == ["x.png", str(run_folder / "report.html"), "all is well"]
+
+
+@pytest.mark.parametrize("command", ["evaluate", "sample", "report"])
+def test_a_folder_that_is_no_run_is_one_line(calls, tmp_path, capsys, command):
+    for folder, what in ((tmp_path / "missing", "does not exist"), (tmp_path, "has no config.json")):
+        assert main([command, "--run", str(folder)]) == 2
+        error = capsys.readouterr().err
+        assert what in error and error.count("\n") == 1
+    assert calls == [] and os.listdir(tmp_path) == []
+
+
+def test_what_the_user_did_is_a_message_and_exit_2(calls, capsys):
+    calls.install("data", "prepare_digits", DataError("data/digits: 0 images"))
+    assert main(["prepare", "--digits", "--config", DIGITS]) == 2
+    captured = capsys.readouterr()
+    assert captured.err == "dmd2-fast: error: data/digits: 0 images\n" and captured.out == ""
+    assert main(["teacher", "--config", DIGITS, "--set", "teacher.training=null"]) == 2
+    assert "no teacher to train" in capsys.readouterr().err
+    assert [name for name, *_ in calls] == ["prepare_digits"]
+
+
+def test_our_own_mistakes_keep_their_stack_trace(calls):
+    calls.install("data", "prepare_digits", ZeroDivisionError())
+    with pytest.raises(ZeroDivisionError):
+        main(["prepare", "--digits", "--config", DIGITS])
+    calls.install("data", "prepare_digits", KeyboardInterrupt())
+    assert main(["prepare", "--digits", "--config", DIGITS]) == 130
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["nonsense"],
+        ["sample", "--run", "x", "--num", "0"],
+        ["sample", "--run", "x", "--seed", "-1"],
+        ["sample", "--run", "x", "--num", "many"],
+        ["config"],
+        ["prepare", "--config", DIGITS],
+    ],
+)
+def test_wrong_arguments_exit_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert "usage: dmd2-fast" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example_that_parses(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    example = capsys.readouterr().out.rsplit("example:\n  dmd2-fast ", 1)[1].strip()
+    assert example.split()[0] == command
+    assert callable(build_parser().parse_args(example.split()).action)
+
+
+def test_the_overview_lists_every_command(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = capsys.readouterr().out
+    assert all(f"    {command} " in shown for command in COMMANDS)
+
+
+def test_as_a_program(tmp_path):
+    program = [sys.executable, "-m", "dmd2_fast.cli"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    broken = tmp_path / "c.json"
+    broken.write_text('{"train_batch_size": 4,}')
+    result = subprocess.run(
+        [*program, "config", "--config", str(broken)], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.startswith(f"dmd2-fast: error: {broken}:1:") and "Traceback" not in result.stderr
+    assert os.listdir(tmp_path) == ["c.json"]
