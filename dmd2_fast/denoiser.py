@@ -1,0 +1,80 @@
+"""A network with its schedule: what the algorithm calls for a generator, a teacher or a fake score.
+
+`prediction_type` is one of the operators' (epsilon, sample, v_prediction, flow). With `preconditioning="edm"` the
+network F is wrapped as in Karras et al. 2022, eq. 7, and the prediction is x0 ("sample"):
+`D(x; sigma) = c_skip x + c_out F(c_in x; ln(sigma) / 4)`.
+The network may run in bf16; predictions leave in f32, because the difference of two of them is what trains.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .schedules import KarrasSchedule, Schedule
+
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow")
+
+
+class Denoiser(nn.Module):
+    """`forward(x_t (N, *), t (N,), condition, ...)` -> (prediction (rows, *) f32 or None, features).
+
+    Args of forward: `decode_rows`, only the first rows get a prediction (None: all, 0: the decoder does not run);
+    `decode_grad=False`, no graph through the decoder; `levels`, names of the features wanted.
+    """
+
+    def __init__(self, network: nn.Module, schedule: Schedule, prediction_type: str, preconditioning: str = "none"):
+        super().__init__()
+        if prediction_type not in PREDICTION_TYPES:
+            raise ValueError(f"prediction_type {prediction_type!r} is unknown; expected one of {PREDICTION_TYPES}")
+        if preconditioning not in ("none", "edm"):
+            raise ValueError(f"preconditioning {preconditioning!r} is unknown; expected 'none' or 'edm'")
+        if preconditioning == "edm" and not (isinstance(schedule, KarrasSchedule) and prediction_type == "sample"):
+            raise ValueError("EDM preconditioning needs the karras schedule and prediction_type 'sample'")
+        self.network = network
+        self.schedule = schedule
+        self.prediction_type = prediction_type
+        self.preconditioning = preconditioning
+
+    def unconditional(self, condition: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same batch without its condition, for classifier-free guidance."""
+        return self.network.unconditional(condition)
+
+    def predict(self, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        """Prediction (N, *) f32."""
+        return self(x_t, t, condition)[0]
+
+    def encode(self, x_t: Tensor, t: Tensor, condition: dict[str, Tensor], levels=("mid",)) -> tuple[Tensor, ...]:
+        """Features alone; the decoder does not run."""
+        return self(x_t, t, condition, decode_rows=0, levels=levels)[1]
+
+    def forward(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        condition: dict[str, Tensor],
+        *,
+        decode_rows: int | None = None,
+        decode_grad: bool = True,
+        levels: tuple[str, ...] = (),
+    ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+        options = {"decode_rows": decode_rows, "decode_grad": decode_grad, "levels": levels}
+        if self.preconditioning == "none":
+            output, features = self.network(x_t, t, condition, **options)
+            return (None if output is None else output.float()), features
+        sigma_data = self.schedule.sigma_data
+        sigma = t.float().reshape(-1, *[1] * (x_t.ndim - 1))
+        norm = (sigma**2 + sigma_data**2).sqrt()
+        output, features = self.network(x_t.float() / norm, t.float().log() / 4, condition, **options)
+        if output is None:
+            return None, features
+        rows = len(output)
+        sigma, norm = sigma[:rows], norm[:rows]
+        c_skip, c_out = (sigma_data / norm) ** 2, sigma * sigma_data / norm
+        skip = x_t[:rows] if decode_grad else x_t[:rows].detach()
+        return c_skip * skip.float() + c_out * output.float(), features
+
+
+def concat_conditions(*conditions: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Join the conditions of batches that go through a network together."""
+    return {name: torch.cat([condition[name] for condition in conditions]) for name in conditions[0]}

@@ -1,0 +1,42 @@
+"""Pictures of samples: a PNG grid, and samples.safetensors."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+MIN_TILE = 32
+"""Smaller images are enlarged to about this many pixels, with hard edges."""
+
+
+def save_grid(path: str | os.PathLike, images: Tensor, columns: int) -> None:
+    """Write images (N, C, H, W) in [-1, 1], C 1 or 3, as one PNG, row by row, one pixel apart; atomically."""
+    import numpy as np
+    from PIL import Image
+
+    scale = max(1, MIN_TILE // images.shape[-1])
+    tiles = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    tiles = tiles.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
+    num, channels, height, width = tiles.shape
+    rows = -(-num // columns)
+    canvas = torch.full((channels, rows * (height + 1) - 1, columns * (width + 1) - 1), 255, dtype=torch.uint8)
+    for i, tile in enumerate(tiles):
+        top, left = i // columns * (height + 1), i % columns * (width + 1)
+        canvas[:, top : top + height, left : left + width] = tile
+    array = np.ascontiguousarray(canvas.permute(1, 2, 0).numpy().squeeze(-1) if channels == 1 else canvas.permute(1, 2, 0))
+    temporary = Path(str(path) + ".tmp")
+    Image.fromarray(array).save(temporary, format="PNG")
+    temporary.replace(path)
+
+
+def save_samples(path: str | os.PathLike, images: Tensor, labels: Tensor, seed: int) -> None:
+    """Write `images` (N, C, H, W) f32 in [-1, 1], `labels` (N,) int64 and `seed` (1,) int64; atomically."""
+    from safetensors.torch import save_file
+
+    temporary = Path(str(path) + ".tmp")
+    tensors = {"images": images.float().contiguous(), "labels": labels.contiguous(), "seed": torch.tensor([seed])}
+    save_file(tensors, temporary, metadata={"value_range": "[-1, 1]", "seed": str(seed)})
+    temporary.replace(path)

@@ -1,0 +1,108 @@
+"""Adapters that make networks look alike to a denoiser, and the folder a denoiser is kept in.
+
+A folder holds `denoiser.json` (network, schedule, prediction type, preconditioning) and, in `unet/`, the network as
+diffusers saves it (config.json and safetensors), so that plain diffusers loads the weights as well.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..denoiser import Denoiser
+from ..errors import UserError
+from ..schedules import make_schedule
+
+SETTINGS_FILE = "denoiser.json"
+
+
+def build_network(settings: dict[str, Any]) -> nn.Module:
+    """A network with random weights from {"kind": "unet2d", "config": {UNet2DModel arguments}, "patch_size": p}."""
+    from .unet2d import UNet2D
+
+    if settings.get("kind") != "unet2d":
+        raise UserError(f"network kind {settings.get('kind')!r} is unknown; expected 'unet2d'")
+    try:
+        return UNet2D.from_config(settings["config"], settings["patch_size"])
+    except (TypeError, ValueError) as error:
+        raise UserError(f"network: UNet2DModel refuses this configuration: {error}") from error
+
+
+def build_denoiser(settings: dict[str, Any]) -> Denoiser:
+    """A denoiser with random weights from what `denoiser_settings` gave."""
+    try:
+        schedule = dict(settings["schedule"])
+        return Denoiser(
+            build_network(settings["network"]),
+            make_schedule(schedule.pop("kind"), **schedule),
+            settings["prediction_type"],
+            settings["preconditioning"],
+        )
+    except (KeyError, ValueError) as error:
+        raise UserError(f"denoiser settings: {error!s}; expected the contents of a {SETTINGS_FILE}") from error
+
+
+def denoiser_settings(denoiser: Denoiser) -> dict[str, Any]:
+    """Everything but the weights, as JSON types."""
+    unet = denoiser.network.unet
+    config = {key: value for key, value in unet.config.items() if not key.startswith("_")}
+    return {
+        "network": {"kind": "unet2d", "config": config, "patch_size": denoiser.network.patch_size},
+        "schedule": denoiser.schedule.to_dict(),
+        "prediction_type": denoiser.prediction_type,
+        "preconditioning": denoiser.preconditioning,
+    }
+
+
+def save_denoiser(denoiser: Denoiser, folder: str | os.PathLike) -> None:
+    """Write the folder; `denoiser.json` comes last, so a folder that has it is whole."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    denoiser.network.unet.save_pretrained(folder / "unet")
+    temporary = folder / (SETTINGS_FILE + ".tmp")
+    temporary.write_text(json.dumps(denoiser_settings(denoiser), indent=2) + "\n")
+    temporary.replace(folder / SETTINGS_FILE)
+
+
+def load_denoiser(folder: str | os.PathLike) -> Denoiser:
+    """The denoiser of a folder; `UserError` when it is missing, incomplete or of other shapes."""
+    import safetensors
+    import safetensors.torch
+
+    folder = Path(folder)
+    try:
+        settings = json.loads((folder / SETTINGS_FILE).read_text())
+    except FileNotFoundError:
+        raise UserError(
+            f"model.path: there is no denoiser in {str(folder)!r} (no {SETTINGS_FILE}); "
+            "train one with `dmd2-fast teacher --config ...`, or name a folder that has one"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path: {folder / SETTINGS_FILE} cannot be read: {error}") from error
+    denoiser = build_denoiser(settings)
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    try:
+        load_weights(denoiser.network.unet, safetensors.torch.load_file(weights), str(weights))
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"model.path: {weights} cannot be read: {error}") from error
+    return denoiser
+
+
+def load_weights(module: nn.Module, state: dict[str, Any], source: str) -> None:
+    """Load a state dict strictly; `UserError` lists what does not fit."""
+    own = module.state_dict()
+    wrong = [f"{name} is missing" for name in own if name not in state]
+    wrong += [f"{name} is not part of this network" for name in state if name not in own]
+    wrong += [
+        f"{name} is {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(f"{source} does not fit the network: {'; '.join(wrong[:3])}{more}")
+    module.load_state_dict(state)

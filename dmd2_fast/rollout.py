@@ -1,0 +1,139 @@
+"""Few-step sampling, and the same chain as the generator's training input (backward simulation).
+
+Step i denoises, x0 = G(x_i, t_i), and noises again to the next step, x_{i+1} = alpha_{i+1} x0 + sigma_{i+1} n with fresh
+noise: LCM-type sampling (Yin et al. 2024, section 4.4). In training the generator gets the x_k that its own steps
+0..k-1 made, without gradient. Noise comes from keys: stream GENERATOR_INPUT at the start, ROLLOUT_STEP + i after step i.
+Also here: the teacher's samplers, Euler and Heun on the probability-flow ODE (Karras et al. 2022, algorithm 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from .denoiser import Denoiser, concat_conditions
+from .ops.noise import predict_x0, renoise
+from .random import NoiseKey, Stream, philox_normal, philox_uniform
+from .schedules import KarrasSchedule, Schedule
+
+Condition = dict[str, Tensor]
+Predict = Callable[[Tensor, Tensor, Condition], Tensor]
+
+
+def initial_noise(schedule: Schedule, steps: Tensor, sample_ids: Tensor, shape: tuple[int, ...], key: NoiseKey):
+    """The first input of the chain: pure noise (N, *shape) f32."""
+    noise = philox_normal(sample_ids, shape, key.fork(Stream.GENERATOR_INPUT), torch.float32)
+    return noise * schedule.init_sigma(steps[:1]).to(noise.device)
+
+
+def chain(
+    predict: Predict,
+    schedule: Schedule,
+    prediction_type: str,
+    steps: Tensor,
+    x: Tensor,
+    condition: Condition,
+    sample_ids: Tensor,
+    key: NoiseKey,
+) -> Iterator[Tensor]:
+    """The inputs of steps 0, 1, ..., K - 1 and last the sample: K + 1 tensors (N, *). Lazy: take as many as you need."""
+    for i, step in enumerate(steps):
+        yield x
+        t = step.expand(len(x))
+        alpha, sigma = schedule.coefficients(t)
+        prediction = predict(x, t, condition)
+        if i + 1 == len(steps):
+            yield predict_x0(x, prediction, alpha, sigma, prediction_type=prediction_type)
+            return
+        next_alpha, next_sigma = schedule.coefficients(steps[i + 1].expand(len(x)))
+        x = renoise(
+            x, prediction, alpha, sigma, next_alpha, next_sigma,
+            prediction_type=prediction_type, key=key.fork(Stream.ROLLOUT_STEP + i), sample_ids=sample_ids,
+        )  # fmt: skip
+
+
+@torch.no_grad()
+def sample(
+    generator: Denoiser, steps: Tensor, condition: Condition, sample_ids: Tensor, shape: tuple[int, ...], key: NoiseKey
+) -> Tensor:
+    """Images or latents (N, *shape) f32 of a few-step generator."""
+    x = initial_noise(generator.schedule, steps, sample_ids, shape, key)
+    schedule, prediction_type = generator.schedule, generator.prediction_type
+    *_, x = chain(generator.predict, schedule, prediction_type, steps, x, condition, sample_ids, key)
+    return x
+
+
+def rollout_index(num_steps: int, mode: str, sample_ids: Tensor, key: NoiseKey) -> Tensor:
+    """Which step is trained, (N,) int64 in [0, num_steps): one for the whole batch (equal on all ranks) or per sample."""
+    ids = torch.zeros_like(sample_ids) if mode == "batch" else sample_ids
+    u = philox_uniform(ids, (1,), key.fork(Stream.ROLLOUT_INDEX))[:, 0]
+    return (u * num_steps).long().clamp_(max=num_steps - 1)
+
+
+@torch.no_grad()
+def generator_input(
+    generator: Denoiser,
+    steps: Tensor,
+    condition: Condition,
+    sample_ids: Tensor,
+    shape: tuple[int, ...],
+    key: NoiseKey,
+    *,
+    mode: str = "batch",
+) -> tuple[Tensor, Tensor]:
+    """The generator's input (N, *shape) f32 and times (N,) for this step, by backward simulation.
+
+    mode "batch": one step index, k forwards; "sample": an index for each sample out of one full chain, always K - 1
+    forwards, so that every step is in every batch.
+    """
+    x = initial_noise(generator.schedule, steps, sample_ids, shape, key)
+    if len(steps) == 1:
+        return x, steps.expand(len(x))
+    index = rollout_index(len(steps), mode, sample_ids, key)
+    # "batch" needs the index on the host: every rank draws the same, so every rank runs as many forwards.
+    last = int(index[0]) if mode == "batch" and len(index) else len(steps) - 1
+    schedule, prediction_type = generator.schedule, generator.prediction_type
+    inputs = chain(generator.predict, schedule, prediction_type, steps, x, condition, sample_ids, key)
+    chosen = x
+    for i, x_i in zip(range(last + 1), inputs, strict=False):
+        chosen = torch.where((index == i).reshape(-1, *[1] * len(shape)), x_i, chosen)
+    return chosen, steps[index]
+
+
+def guided(teacher: Denoiser, guidance_scale: float) -> Predict:
+    """The teacher's prediction with classifier-free guidance in one batched forward; scale 1 is the plain one."""
+
+    def predict(x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        if guidance_scale == 1.0:
+            return teacher.predict(x_t, t, condition)
+        both = concat_conditions(condition, teacher.unconditional(condition))
+        cond, uncond = teacher.predict(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
+        return uncond + guidance_scale * (cond - uncond)
+
+    return predict
+
+
+def karras_steps(schedule: KarrasSchedule, num_steps: int, sigma_max: float | None = None) -> Tensor:
+    """`num_steps` noise levels from sigma_max down to sigma_min, rho-spaced (Karras et al. 2022, eq. 5), then 0."""
+    high, low = (sigma_max or schedule.sigma_max) ** (1 / schedule.rho), schedule.sigma_min ** (1 / schedule.rho)
+    ramp = torch.linspace(0, 1, num_steps, dtype=torch.float64) if num_steps > 1 else torch.zeros(1).double()
+    sigmas = (high + ramp * (low - high)) ** schedule.rho
+    return torch.cat([sigmas, torch.zeros(1)]).float()
+
+
+@torch.no_grad()
+def sample_ode(predict: Predict, sigmas: Tensor, x: Tensor, condition: Condition, *, heun: bool) -> Tensor:
+    """Solve the probability-flow ODE of an x0-predicting EDM teacher from x = sigmas[0] * noise to sigmas[-1] = 0.
+
+    Euler takes one evaluation a step; Heun two but for the last step: 18 steps are 35 evaluations.
+    """
+    for sigma, next_sigma in zip(sigmas[:-1], sigmas[1:], strict=True):
+        slope = (x - predict(x, sigma.expand(len(x)), condition)) / sigma
+        proposal = x + (next_sigma - sigma) * slope
+        if heun and next_sigma > 0:
+            next_slope = (proposal - predict(proposal, next_sigma.expand(len(x)), condition)) / next_sigma
+            proposal = x + (next_sigma - sigma) * (slope + next_slope) / 2
+        x = proposal
+    return x

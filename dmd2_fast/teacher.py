@@ -1,0 +1,155 @@
+"""Training a small teacher from nothing: the diffusion model that the embedded default distils.
+
+Plain denoising training in one process (Karras et al. 2022 for the "karras" schedule: EDM preconditioning, noise levels
+log-normal with mean -1.2 and deviation 1.2, weight sigma^-2 + sigma_data^-2), an average of the weights, and a cosine
+learning rate. Every draw comes from keys, so a seed and a machine give one teacher. The folder appears whole or not.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .config import Config, TeacherTrainingConfig
+from .data import make_loader, read_all
+from .data.batch import Batch
+from .denoiser import Denoiser
+from .errors import ConfigError
+from .networks import build_denoiser, load_denoiser, save_denoiser
+from .ops.denoising import denoising_loss
+from .ops.noise import add_noise
+from .optimization import make_optimizer, set_learning_rate, warmup_cosine
+from .random import NoiseKey, Stream, philox_normal, philox_uniform
+
+LOG_SIGMA_MEAN, LOG_SIGMA_STD = -1.2, 1.2  # EDM, table 1
+LABEL_STREAM = Stream.USER
+WARMUP_ITERATIONS = 100
+TRAINING_FILE = "training.json"
+PREDICTIONS = {"karras": ("sample", "edm"), "ddpm": ("epsilon", "none"), "rectified_flow": ("flow", "none")}
+
+
+def teacher_settings(training: TeacherTrainingConfig, images: Tensor) -> dict[str, Any]:
+    """Denoiser settings of a new teacher; sigma_data is measured on the training images unless it is given."""
+    schedule: dict[str, Any] = {"kind": training.schedule}
+    if training.schedule == "karras":
+        schedule["sigma_data"] = training.sigma_data or round(float(images.std()), 6)
+    prediction_type, preconditioning = PREDICTIONS[training.schedule]
+    return {
+        "network": {"kind": "unet2d", "config": dict(training.network), "patch_size": training.patch_size},
+        "schedule": schedule,
+        "prediction_type": prediction_type,
+        "preconditioning": preconditioning,
+    }
+
+
+def training_times(denoiser: Denoiser, batch: Batch, key: NoiseKey) -> Tensor:
+    """Times (N,) of one training step: log-normal sigmas for EDM, uniform over the schedule otherwise."""
+    ids = batch.sample_ids
+    if denoiser.preconditioning == "edm":
+        normal = philox_normal(ids, (1,), key.fork(Stream.DENOISING_TIME), torch.float32)[:, 0]
+        return (LOG_SIGMA_MEAN + LOG_SIGMA_STD * normal).exp()
+    return denoiser.schedule.time(philox_uniform(ids, (1,), key.fork(Stream.DENOISING_TIME))[:, 0])
+
+
+def drop_labels(denoiser: Denoiser, batch: Batch, key: NoiseKey, probability: float) -> dict[str, Tensor]:
+    """The condition with each sample's label replaced by the empty one with this probability."""
+    if probability == 0:
+        return batch.condition
+    dropped = philox_uniform(batch.sample_ids, (1,), key.fork(LABEL_STREAM))[:, 0] <= probability
+    empty = denoiser.unconditional(batch.condition)
+    return {name: torch.where(dropped, empty[name], value) for name, value in batch.condition.items()}
+
+
+def teacher_step_loss(denoiser: Denoiser, batch: Batch, key: NoiseKey, label_dropout: float) -> Tensor:
+    t = training_times(denoiser, batch, key)
+    alpha, sigma = denoiser.schedule.coefficients(t)
+    noise_key = key.fork(Stream.DENOISING_NOISE)
+    x_t = add_noise(batch.x0, alpha, sigma, key=noise_key, sample_ids=batch.sample_ids)
+    prediction = denoiser.predict(x_t, t, drop_labels(denoiser, batch, key, label_dropout))
+    return denoising_loss(
+        prediction, batch.x0, alpha, sigma, prediction_type=denoiser.prediction_type, key=noise_key,
+        sample_ids=batch.sample_ids, sample_weight=denoiser.schedule.loss_weight(t),
+    )  # fmt: skip
+
+
+def train_teacher(config: Config, *, fresh: bool = False, on_step: Callable[[int, Tensor], None] | None = None) -> Path:
+    """Train the teacher of `config.teacher.training` into `config.model.path`; reuse one of the same settings.
+
+    Raises ConfigError when the config has no training section or the folder holds a teacher of other settings.
+    """
+    training, folder = config.teacher.training, Path(config.model.path)
+    if training is None:
+        raise ConfigError("teacher.training is null: there is no teacher to train; model.path must hold one")
+    wanted = {"training": config.to_dict()["dmd2_fast"]["teacher"]["training"], "data": config.data.path}
+    if folder.exists() and not fresh:
+        if _recorded(folder) == wanted:
+            load_denoiser(folder)
+            print(f"teacher: {folder} is there already, with the same settings")
+            return folder
+        raise ConfigError(
+            f"model.path: {str(folder)!r} holds something else than a teacher of these settings; "
+            "train with --fresh to replace it, or name another folder"
+        )
+    images, _ = read_all(config.data.path)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(training.seed)
+    denoiser = build_denoiser(teacher_settings(training, images)).to(device)
+    if denoiser.network.image_shape != tuple(images.shape[1:]):
+        raise ConfigError(
+            f"teacher.training.network takes images of {denoiser.network.image_shape}, the data are {tuple(images.shape[1:])}"
+        )
+    averaged = _run(config, training, denoiser, device, on_step)
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    save_denoiser(averaged, temporary)
+    (temporary / TRAINING_FILE).write_text(json.dumps(wanted, indent=2) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+    return folder
+
+
+def _recorded(folder: Path) -> Any:
+    try:
+        return json.loads((folder / TRAINING_FILE).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _run(config: Config, training: TeacherTrainingConfig, denoiser: Denoiser, device, on_step) -> Denoiser:
+    averaged = copy.deepcopy(denoiser).requires_grad_(False)
+    optimizer = make_optimizer(denoiser.parameters(), training.optimizer)
+    loader = make_loader(config.data, seed=training.seed, micro_batch_size=training.batch_size, device=device)
+    warmup = min(WARMUP_ITERATIONS, training.iterations // 10)
+    bar = tqdm(total=training.iterations, desc="teacher", disable=not config.run.progress)
+    try:
+        for iteration, batches in zip(range(training.iterations), loader, strict=False):
+            ratio = warmup_cosine(iteration, training.iterations, warmup, 0.0)
+            set_learning_rate(optimizer, training.optimizer.lr * ratio)
+            key = NoiseKey(training.seed, step=iteration)
+            loss = teacher_step_loss(denoiser, batches[0], key, training.label_dropout)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            # The average forgets the first, bad weights: its memory grows with the run.
+            decay = min(training.ema, (1 + iteration) / (10 + iteration))
+            with torch.no_grad():
+                torch._foreach_lerp_(list(averaged.parameters()), list(denoiser.parameters()), 1 - decay)
+            if on_step:
+                on_step(iteration, loss.detach())
+            if iteration % 50 == 49:
+                bar.set_postfix(loss=f"{loss.item():.3f}")
+            bar.update()
+    finally:
+        bar.close()
+        loader.close()
+    return averaged
+

@@ -1,0 +1,421 @@
+"""The training loop: one iteration is one call of each loss and one step of each engine.
+
+`deepspeed train.py --config ds_digits.json [--set key=value ...] [--fresh]`. Iterations 0, R, 2R, ... update the
+generator (R = `fake_score.ttur_ratio`), every iteration the fake score. Metrics stay on the device between log lines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from .checkpoint import load_checkpoint, read_state, save_checkpoint
+from .config import Config, LRSchedulerConfig, load_config
+from .data import make_loader
+from .data.batch import Batch
+from .distillation import Algorithm, FakeScore, fake_score_loss, generate, generator_loss
+from .engine import (
+    Engines,
+    Rank,
+    ShardedEMA,
+    any_rank,
+    full_state_dict,
+    init_distributed,
+    poison_if_not_finite,
+    step_was_skipped,
+    world_size_from_environment,
+)
+from .errors import ConfigError, UserError
+from .evaluation import evaluate_run, has_test_split, load_reference
+from .export import FewStepGenerator, cycling_labels, num_classes, save_generator
+from .grids import save_grid
+from .heads import GANHeads
+from .meters import Clock, Metrics
+from .networks import load_denoiser
+from .optimization import learning_rate, set_learning_rate
+from .random import NoiseKey
+from .runs import RunFolder, open_run, write_atomic
+
+MAX_SKIPS_IN_A_ROW = 20
+EXIT_DIVERGED, EXIT_USER_ERROR, EXIT_STOPPED = 1, 2, 128 + signal.SIGTERM
+QUICK_SAMPLES = 500
+GRID_ROWS = 8
+
+T = TypeVar("T")
+logger = logging.getLogger("dmd2_fast")
+
+
+class DivergedError(RuntimeError):
+    """The run met non-finite gradients too many times in a row."""
+
+
+def on_main(rank: Rank, action: Callable[[], T]) -> T | None:
+    """Run an action on rank 0 alone; a `UserError` it raises is raised on every rank, so that none is left waiting."""
+    result, message = None, [None]
+    if rank.is_main:
+        try:
+            result = action()
+        except UserError as error:
+            message = [str(error)]
+    if rank.world_size > 1:
+        dist.broadcast_object_list(message)
+    if message[0] is not None:
+        raise UserError(message[0])
+    return result
+
+
+class Trainer:
+    """Everything a run holds between iterations."""
+
+    def __init__(self, config: Config, run: RunFolder, rank: Rank):
+        self.config, self.run, self.rank = config, run, rank
+        self.algorithm = Algorithm.from_config(config)
+        self._build_networks()
+        self.iteration = 0
+        self.skipped = {"generator": 0, "fake_score": 0}
+        self.in_a_row = {"generator": 0, "fake_score": 0}
+        self.generator_updates = 0
+        self.metrics, self.clock, self.seconds_before = Metrics(), Clock(), 0.0
+        self.started = time.perf_counter()
+        self.stop_requested = False
+        self.num_quick_samples, self.reference = self._make_reference()
+        self.writer = self._make_writer()
+        self._resume()
+        self.loader = make_loader(
+            config.data, seed=config.run.seed, rank=rank.rank, world_size=rank.world_size, device=rank.device,
+            micro_batch_size=config.micro_batch_size, start_iteration=self.iteration,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+        )  # fmt: skip
+        self._check_data()
+
+    def _build_networks(self) -> None:
+        """Generator and fake score start as copies of the teacher; the head from the run's seed, alike on all ranks."""
+        config, device = self.config, self.rank.device
+        generator, fake, teacher = (load_denoiser(config.model.path).to(device) for _ in range(3))
+        self._check_model(teacher)
+        self.denoiser, self.image_shape = generator, generator.network.image_shape
+        heads = None
+        if self.algorithm.adversarial:
+            torch.manual_seed(config.run.seed)
+            heads = GANHeads(tuple(teacher.network.feature_shape(level) for level in self.algorithm.levels)).to(device)
+        self.engines = Engines(config, generator, FakeScore(fake, heads, self.algorithm.own_levels), teacher)
+        decay = config.generator.ema
+        self.ema = None if decay is None else ShardedEMA(self.engines.generator, decay)
+
+    def _check_model(self, teacher) -> None:
+        try:
+            teacher.schedule.steps(self.algorithm.steps)
+            for level in self.algorithm.levels:
+                teacher.network.feature_shape(level)
+        except ValueError as error:
+            raise ConfigError(f"generator.steps, adversarial.levels: {error}") from error
+
+    def _check_data(self) -> None:
+        if tuple(self.loader.image_shape) != tuple(self.image_shape):
+            raise ConfigError(f"data.path holds images of {self.loader.image_shape}, the model takes {self.image_shape}")
+        if self.loader.num_classes > num_classes(self.denoiser):
+            raise ConfigError(
+                f"data.path has {self.loader.num_classes} classes, the model knows {num_classes(self.denoiser)}"
+            )
+
+    def _resume(self) -> None:
+        latest = self.run.latest_checkpoint()
+        if latest is None:
+            on_main(self.rank, lambda: self.run.truncate_metrics(0))
+            return
+        _, folder = latest
+        state = on_main(self.rank, lambda: read_state(folder, self.rank.world_size))
+        states = [state]
+        if self.rank.world_size > 1:
+            dist.broadcast_object_list(states)
+        load_checkpoint(folder, self.engines, self.ema, self.rank)
+        state = states[0]
+        self.iteration, self.skipped = state["iteration"], dict(state["skipped"])
+        self.generator_updates, self.seconds_before = state["generator_updates"], state["seconds"]
+        on_main(self.rank, lambda: self.run.truncate_metrics(self.iteration))
+        if self.rank.is_main:
+            print(f"resuming at iteration {self.iteration} from {folder}")
+
+    def _make_reference(self) -> tuple[int, Any]:
+        """How many samples each grid's scores take, alike on all ranks, and on rank 0 what they are compared with."""
+        if not self.config.run.sample_interval or not has_test_split(self.config):
+            return 0, None
+        return QUICK_SAMPLES, on_main(self.rank, lambda: load_reference(self.config))
+
+    def _make_writer(self) -> Any:
+        """TensorBoard's writer on rank 0, where TensorBoard is installed."""
+        if not self.rank.is_main or importlib.util.find_spec("tensorboard") is None:
+            return None
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(self.run.path / "tensorboard"), purge_step=self.iteration)
+
+    def close(self) -> None:
+        self.loader.close()
+        if self.writer is not None:
+            self.writer.close()
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "skipped": self.skipped,
+            "generator_updates": self.generator_updates,
+            "seconds": self.seconds(),
+            "seed": self.config.run.seed,
+        }
+
+    def seconds(self) -> float:
+        return self.seconds_before + time.perf_counter() - self.started
+
+    def train(self) -> bool:
+        """Run to the last iteration; False when asked to stop before it."""
+        run, batches = self.config.run, iter(self.loader)
+        self.started = time.perf_counter()
+        with tqdm(
+            total=run.iterations, initial=self.iteration, desc="distil", disable=not (run.progress and self.rank.is_main)
+        ) as bar:
+            while self.iteration < run.iterations:
+                with self.clock.part("data"):
+                    micro_batches = next(batches)
+                self.step(micro_batches)
+                self.iteration += 1
+                bar.update()
+                self._periodic(bar)
+                if any_rank(self.stop_requested, self.rank.device):
+                    self.save()
+                    return False
+        self.save()
+        return True
+
+    def step(self, micro_batches: list[Batch]) -> None:
+        """One iteration: the generator's update when it is due, then the fake score's on the same samples."""
+        key = NoiseKey(self.config.run.seed, step=self.iteration)
+        if self.iteration % self.config.fake_score.ttur_ratio == 0:
+            with self.clock.part("generator"):
+                samples = self._update_generator(micro_batches, key)
+        else:
+            with self.clock.part("rollout"), torch.no_grad(), self.engines.for_samples() as networks:
+                samples = [generate(networks, self.algorithm, batch, key) for batch in micro_batches]
+        with self.clock.part("fake_score"):
+            self._update_fake_score(micro_batches, samples, key)
+
+    def _update_generator(self, micro_batches: list[Batch], key: NoiseKey) -> list[Tensor]:
+        engine, samples = self.engines.generator, []
+        self._set_rate(engine, self.config.generator)
+        with self.engines.for_generator() as (networks, rollout):
+            for batch in micro_batches:
+                loss, x, metrics = generator_loss(networks, self.algorithm, batch, key, rollout=rollout)
+                engine.backward(poison_if_not_finite(loss))
+                self.metrics.add(metrics)
+                samples.append(x)
+                engine.step()
+        if self._count("generator", engine):
+            self.generator_updates += 1
+            if self.ema is not None:
+                self.ema.update()
+        return samples
+
+    def _update_fake_score(self, micro_batches: list[Batch], samples: list[Tensor], key: NoiseKey) -> None:
+        engine, algorithm = self.engines.fake_score, self.algorithm
+        self._set_rate(engine, self.config.fake_score)
+        with self.engines.for_fake_score(algorithm.adversarial and algorithm.features == "teacher") as networks:
+            for batch, x in zip(micro_batches, samples, strict=True):
+                loss, metrics = fake_score_loss(networks, algorithm, batch, x, key)
+                engine.backward(poison_if_not_finite(loss))
+                self.metrics.add(metrics)
+                engine.step()
+        self._count("fake_score", engine)
+
+    def _set_rate(self, engine, settings) -> None:
+        iterations = self.config.run.iterations
+        rate = learning_rate(settings.optimizer.lr, settings.lr_scheduler, self.iteration, iterations)
+        set_learning_rate(engine.optimizer, rate)
+
+    def _count(self, name: str, engine) -> bool:
+        """Count a skipped step; True when the step was taken. Every rank sees the same global norm."""
+        if not step_was_skipped(engine):
+            self.in_a_row[name] = 0
+            self.metrics.add({f"{name}/grad_norm": torch.as_tensor(engine.get_global_grad_norm())})
+            return True
+        self.skipped[name] += 1
+        self.in_a_row[name] += 1
+        if self.in_a_row[name] >= MAX_SKIPS_IN_A_ROW:
+            self._diverged(name)
+        return False
+
+    def _diverged(self, name: str) -> None:
+        self.metrics.add({f"skipped/{name}": torch.tensor(float(self.skipped[name]))})
+        last = self.metrics.read()
+        self.iteration += 1
+        self.save()
+        broken = sorted(key for key, value in last.items() if value != value or abs(value) == float("inf"))
+        text = (
+            f"stopped at iteration {self.iteration}: {MAX_SKIPS_IN_A_ROW} updates in a row of the {name} met a non-finite "
+            f"loss or gradient and were skipped ({self.skipped[name]} in all).\n"
+            f"not finite since the last log line: {', '.join(broken) or 'no loss, only gradients'}.\n"
+            f"means since the last log line: {last}\n"
+            "The state is saved; the weights are those before the first skipped update. What helps: a lower learning "
+            "rate or gradient_clipping, a smaller adversarial.generator_weight, a larger fake_score.ttur_ratio; "
+            "look at metrics.jsonl for what grew before."
+        )
+        if self.rank.is_main:
+            write_atomic(self.run.path / "diagnosis.txt", text + "\n")
+        raise DivergedError(text)
+
+    def _periodic(self, bar: tqdm) -> None:
+        run, last = self.config.run, self.iteration == self.config.run.iterations
+        sampled = bool(run.sample_interval) and (self.iteration % run.sample_interval == 0 or last)
+        scores = self._sample() if sampled else {}
+        if self.iteration % run.log_interval == 0 or last or sampled:
+            self._log(scores, bar)
+        if self.iteration % run.checkpoint_interval == 0 and not last:
+            self.save()
+
+    def _log(self, extra: dict[str, Any], bar: tqdm) -> None:
+        values = self.metrics.read()
+        record = {"iteration": self.iteration, "time": self.seconds(), **values}
+        for name, settings in (("generator", self.config.generator), ("fake_score", self.config.fake_score)):
+            record[f"{name}/lr"] = learning_rate(
+                settings.optimizer.lr, settings.lr_scheduler, self.iteration - 1, self.config.run.iterations
+            )
+            record[f"skipped/{name}"] = self.skipped[name]
+        record |= {**self.clock.read(), **extra}
+        if not self.rank.is_main:
+            return
+        self.run.append_metrics(record)
+        shown = {"dmd": "generator/dmd", "denoising": "fake_score/denoising", "fd": "eval/fd"}
+        bar.set_postfix({name: f"{record[key]:.3g}" for name, key in shown.items() if key in record}, refresh=False)
+        if self.writer is not None:
+            for name, value in record.items():
+                self.writer.add_scalar(name, value, self.iteration)
+
+    def averaged(self):
+        """Context in which the generator runs with the averaged weights, if there are any."""
+        return nullcontext() if self.ema is None else self.ema.swapped_in()
+
+    def _sample(self) -> dict[str, float]:
+        """A grid of fixed-noise samples and their scores. Collective: every rank samples, rank 0 keeps."""
+        classes = num_classes(self.denoiser)
+        labels = cycling_labels(max(self.num_quick_samples, GRID_ROWS * classes), classes)
+        with self.clock.part("sampling"), self.averaged(), self.engines.bare(self.engines.generator) as denoiser:
+            images = FewStepGenerator(denoiser, self.algorithm.steps).sample(labels, seed=self.config.run.seed)
+            if not self.rank.is_main:
+                return {}
+            save_grid(self.run.grid(self.iteration), images[: GRID_ROWS * classes], classes)
+            if self.reference is None or not bool(torch.isfinite(images).all()):
+                return {}
+            scores = self.reference.evaluate(images, labels)
+        return {f"eval/{name}": value for name, value in scores.items()}
+
+    def save(self) -> None:
+        """Write a checkpoint of the state after `self.iteration` iterations. Collective."""
+        with self.clock.part("checkpoint"):
+            save_checkpoint(
+                self.run, self.iteration, self.config.run.keep_checkpoints, self.engines, self.ema, self.state(), self.rank
+            )
+
+    def export(self) -> None:
+        """Write generator.safetensors, the averaged weights where there are any. Collective."""
+        state = full_state_dict(self.engines.generator) if self.ema is None else self.ema.full_state_dict()
+        if self.rank.is_main:
+            save_generator(
+                self.run.path / "generator.safetensors", state, self.denoiser, self.algorithm.steps,
+                iteration=self.iteration, ema=self.config.generator.ema, seed=self.config.run.seed,
+            )  # fmt: skip
+
+
+def quiet_libraries() -> None:
+    """Keep DeepSpeed's start-up chatter out of the terminal; warnings stay."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+
+def stop_on_signals(trainer: Trainer) -> None:
+    """SIGTERM and SIGINT ask the run to save and stop after the iteration; a second SIGINT ends it at once."""
+
+    def handler(number: int, _frame: Any) -> None:
+        trainer.stop_requested = True
+        if number == signal.SIGINT:  # the launcher passes a Ctrl-C on as SIGTERM too, so that one stays graceful
+            signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
+
+
+def finish(run: RunFolder, config: Config, seconds: float) -> None:
+    """Evaluate, write the report and print the table. One process."""
+    from .report import format_table, write_report
+
+    if has_test_split(config):
+        command = f"deepspeed train.py {' '.join(sys.argv[1:])}".strip()
+        print("\n" + format_table(evaluate_run(run.path, command=command, time={"distil": seconds})))
+    write_report(run.path)
+    print(f"\n{run.path / 'report.html'}")
+
+
+def run_training(config: Config, fresh: bool = False) -> int:
+    """Train, or go on with, the run of a config; evaluate it at the end. Returns the exit code."""
+    quiet_libraries()
+    rank = init_distributed()
+    on_main(rank, lambda: open_run(config, fresh))
+    run = RunFolder(config.run.folder)
+    latest = run.latest_checkpoint()
+    generator_file = run.path / "generator.safetensors"
+    seconds = 0.0
+    if generator_file.exists() and latest is not None and latest[0] >= config.run.iterations:
+        if rank.is_main:
+            print(f"{run.path} is trained already ({latest[0]} iterations); --fresh starts anew")
+        finished, seconds = True, read_state(latest[1], rank.world_size)["seconds"]
+    else:
+        trainer = Trainer(config, run, rank)
+        stop_on_signals(trainer)
+        finished = trainer.train()
+        if finished:
+            trainer.export()
+        elif rank.is_main:
+            print(f"stopped at iteration {trainer.iteration}; the same command goes on from there")
+        seconds = trainer.seconds()
+        trainer.close()
+    dist.barrier()
+    dist.destroy_process_group()
+    if not finished:
+        return EXIT_STOPPED
+    if rank.is_main:
+        finish(run, config, seconds)
+    return 0
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Distil a diffusion model with DMD2.",
+        epilog="example: deepspeed train.py --config ds_digits.json --set run.iterations=500 --set run.folder=runs/short",
+    )
+    parser.add_argument("--config", required=True, help="DeepSpeed's JSON with a dmd2_fast section")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; repeatable")
+    parser.add_argument("--fresh", action="store_true", help="move an existing run folder aside and start anew")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher appends it
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Exit codes: 0 done, 1 diverged (state saved), 2 bad input, 143 stopped by a signal (saved)."""
+    args = parse_arguments(argv)
+    is_main = os.environ.get("RANK", "0") == "0"
+    try:
+        config = load_config(args.config, args.set, world_size_from_environment())
+        return run_training(config, args.fresh)
+    except (UserError, DivergedError) as error:
+        if is_main:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_DIVERGED
