@@ -3,6 +3,7 @@
 Needs the package installed (`make setup`, or `pip install -e . --no-build-isolation`).
 """
 
+import signal
 import sys
 from pathlib import Path
 
@@ -10,6 +11,9 @@ from pathlib import Path
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # Until the trainer listens, Ctrl-C ends it without a stack trace from some import.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         from dmd2_fast.trainer import main
     except ModuleNotFoundError as error:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dmd2_fast.errors import UserError
+from dmd2_fast.errors import UserError, write_failure
+from dmd2_fast.stopping import StopRequested, StopSignals
 
 DESCRIPTION = """Few-step distillation of diffusion models: everything around the training itself,
 which is `deepspeed train.py --config ds_digits.json`."""
@@ -42,7 +44,7 @@ def _teacher(arguments: argparse.Namespace) -> None:
         )
     from dmd2_fast.teacher import train_teacher
 
-    train_teacher(config)
+    train_teacher(config, fresh=arguments.fresh)
 
 
 def _config(arguments: argparse.Namespace) -> None:
@@ -62,17 +64,32 @@ def _existing_run(arguments: argparse.Namespace) -> Path:
     return run
 
 
-def _evaluate(arguments: argparse.Namespace) -> None:
-    run = _existing_run(arguments)
-    from dmd2_fast.evaluation import evaluate_run
-    from dmd2_fast.report import format_table, write_report
+def _finished_run(arguments: argparse.Namespace) -> Path:
+    from dmd2_fast.errors import RunFolderError
 
-    print(format_table(evaluate_run(run)))
-    write_report(run)
+    run = _existing_run(arguments)
+    if not (run / "generator.safetensors").is_file():
+        raise RunFolderError(
+            f"{run} has no generator.safetensors yet, which the last iteration writes: "
+            "the command that started the run goes on with it."
+        )
+    return run
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    run = _finished_run(arguments)
+    from dmd2_fast.evaluation import evaluate_run
+    from dmd2_fast.locks import acquire
+    from dmd2_fast.report import format_table, write_report
+    from dmd2_fast.runs import LOCK_FILE
+
+    with acquire(run / LOCK_FILE, str(run)):
+        print(format_table(evaluate_run(run)))
+        write_report(run)
 
 
 def _sample(arguments: argparse.Namespace) -> None:
-    run = _existing_run(arguments)
+    run = _finished_run(arguments)
     from dmd2_fast.export import sample_run
 
     sample_run(run, arguments.num, arguments.seed, Path(arguments.out))
@@ -97,6 +114,14 @@ def _at_least(minimum: int) -> Callable[[str], int]:
         return value
 
     return number
+
+
+def _sample_file(text: str) -> str:
+    if Path(text).suffix not in (".png", ".safetensors"):
+        raise argparse.ArgumentTypeError(f"{text!r} ends neither in .png nor in .safetensors")
+    if not Path(text).absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {Path(text).parent}")
+    return text
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -146,9 +171,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_config_arguments(prepare)
 
-    add_config_arguments(
-        command("teacher", _teacher, "train the small teacher from nothing", "teacher --config ds_digits.json")
-    )
+    teacher = command("teacher", _teacher, "train the small teacher from nothing", "teacher --config ds_digits.json")
+    add_config_arguments(teacher)
+    teacher.add_argument("--fresh", action="store_true", help="move an existing teacher aside and train a new one")
 
     _add_run_argument(
         command(
@@ -166,7 +191,11 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("--num", type=_at_least(1), default=64, help="how many samples (default: 64)")
     sample.add_argument("--seed", type=_at_least(0), default=0, help="seed of noise and labels (default: 0)")
     sample.add_argument(
-        "--out", default="samples.png", metavar="FILE", help=".png or .safetensors (default: samples.png)"
+        "--out",
+        type=_sample_file,
+        default="samples.png",
+        metavar="FILE",
+        help=".png or .safetensors (default: samples.png)",
     )
 
     _add_run_argument(
@@ -185,19 +214,27 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand; 0, or 2 with the message on stderr where the user has something to mend."""
+    """Run one subcommand; 0, 128 + the signal that stopped it, or 2 with the message where the user can mend it."""
     arguments = build_parser().parse_args(argv)
+    stop = StopSignals()
+    stop.listen()
     try:
-        arguments.action(arguments)
-        sys.stdout.flush()
-    except UserError as error:
-        print(f"dmd2-fast: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
+        with stop.at_once():
+            arguments.action(arguments)
+            sys.stdout.flush()
+    except (StopRequested, KeyboardInterrupt):
         print("dmd2-fast: stopped", file=sys.stderr)
-        return 130
+        return 128 + (stop.number or signal.SIGINT)
     except BrokenPipeError:  # the reader of a pipe, such as head, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception as error:
+        message = str(error) if isinstance(error, UserError) else write_failure(error)
+        if message is None:
+            raise
+        print(f"dmd2-fast: error: {message}", file=sys.stderr)
+        return 2
+    finally:
+        stop.restore()
     return 0
 
 

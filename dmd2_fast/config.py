@@ -96,6 +96,17 @@ def _final_ratio_unused(scheduler: LRSchedulerConfig) -> bool:
     return scheduler.type == "constant" and scheduler.final_ratio != LRSchedulerConfig.final_ratio
 
 
+R1_SPACINGS = 8
+BF16_SPACING = 2**-7
+"""Distance of neighbouring bf16 numbers, relative to their size (at most)."""
+
+
+def _rounded_away(config: Config) -> bool:
+    r1, keys = config.adversarial.r1, config.deepspeed
+    bf16 = any(keys.get(name, {}).get("enabled", False) for name in ("bf16", "bfloat16"))
+    return bf16 and r1.kind == "approximate" and r1.std < R1_SPACINGS * BF16_SPACING
+
+
 _OFF = "adversarial.discriminator_weight is 0, so the GAN head is never trained"
 
 COMBINATIONS: tuple[Combination, ...] = (
@@ -113,6 +124,13 @@ COMBINATIONS: tuple[Combination, ...] = (
         ("adversarial.r1.kind", "adversarial.discriminator_weight"),
         lambda c: c.adversarial.r1.kind != "none" and c.adversarial.discriminator_weight == 0,
         f'{_OFF} and has nothing to be penalised for: set adversarial.r1.kind "none"',
+    ),
+    Combination(
+        ("adversarial.r1.kind", "adversarial.r1.std"),
+        _rounded_away,
+        "the networks run in bf16, which rounds so small a perturbation of their input away and leaves the penalty a "
+        f"measure of rounding: expected at least {R1_SPACINGS} spacings of bf16, {R1_SPACINGS * BF16_SPACING:g} of the "
+        "sample's root mean square. Set adversarial.r1.std to .1, say, or train in f32",
     ),
     Combination(
         ("distribution_matching.weight", "teacher.guidance_scale"),

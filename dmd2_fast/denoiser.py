@@ -8,10 +8,15 @@ The network may run in bf16; predictions leave in f32, because the difference of
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from .schedules import KarrasSchedule, Schedule
+
+Condition = Mapping[str, Tensor]
+"""What a network is conditioned on: tensors of N rows by name, e.g. {"class_labels": (N,) int64}."""
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow")
 
@@ -36,15 +41,15 @@ class Denoiser(nn.Module):
         self.prediction_type = prediction_type
         self.preconditioning = preconditioning
 
-    def unconditional(self, condition: dict[str, Tensor]) -> dict[str, Tensor]:
+    def unconditional(self, condition: Condition) -> Condition:
         """The same batch without its condition, for classifier-free guidance."""
         return self.network.unconditional(condition)
 
-    def predict(self, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
+    def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Prediction (N, *) f32."""
         return self(x_t, t, condition)[0]
 
-    def encode(self, x_t: Tensor, t: Tensor, condition: dict[str, Tensor], levels=("mid",)) -> tuple[Tensor, ...]:
+    def encode(self, x_t: Tensor, t: Tensor, condition: Condition, levels=("mid",)) -> tuple[Tensor, ...]:
         """Features alone; the decoder does not run."""
         return self(x_t, t, condition, decode_rows=0, levels=levels)[1]
 
@@ -52,7 +57,7 @@ class Denoiser(nn.Module):
         self,
         x_t: Tensor,
         t: Tensor,
-        condition: dict[str, Tensor],
+        condition: Condition,
         *,
         decode_rows: int | None = None,
         decode_grad: bool = True,
@@ -63,6 +68,7 @@ class Denoiser(nn.Module):
             output, features = self.network(x_t, t, condition, **options)
             return (None if output is None else output.float()), features
         sigma_data = self.schedule.sigma_data
+        assert sigma_data is not None  # EDM preconditioning comes with the Karras schedule
         sigma = t.float().reshape(-1, *[1] * (x_t.ndim - 1))
         norm = (sigma**2 + sigma_data**2).sqrt()
         output, features = self.network(x_t.float() / norm, t.float().log() / 4, condition, **options)
@@ -75,6 +81,6 @@ class Denoiser(nn.Module):
         return c_skip * skip.float() + c_out * output.float(), features
 
 
-def concat_conditions(*conditions: dict[str, Tensor]) -> dict[str, Tensor]:
+def concat_conditions(*conditions: Condition) -> Condition:
     """Join the conditions of batches that go through a network together."""
     return {name: torch.cat([condition[name] for condition in conditions]) for name in conditions[0]}

@@ -2,11 +2,12 @@
 
 Yin et al. 2024, "Improved Distribution Matching Distillation for Fast Image Synthesis". Symbols: N batch, x the
 generator's sample, x_t its noised version, k the generator's step. The networks are anything that can be called like
-a `Denoiser` / `FakeScore`: plain modules, or DeepSpeed engines around them (engine.py). All draws come from keys, so the
-losses do not depend on how the global batch is split.
+a `Denoiser` / `FakeScore`: plain modules, or DeepSpeed engines around them (engine.py). All draws come from keys, so
+the losses do not depend on how the global batch is split.
 
 Generator, every `ttur_ratio`-th iteration (section 4.1-4.4):
-    x = G(input); x_t = alpha x + sigma n;  dmd_weight * dmd_loss(x, x_t, F(x_t), T(x_t)) + generator_weight * E softplus(-D)
+    x = G(input); x_t = alpha x + sigma n
+    dmd_weight * dmd_loss(x, x_t, F(x_t), T(x_t)) + generator_weight * E softplus(-D(x_t))
 Fake score and head, every iteration, on stopgrad(x):
     E w(t) |F(x_t) - x|^2 + discriminator_weight * (E softplus(D(fake)) + E softplus(-D(real)) + r1_weight * R1)
 """
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .data.batch import Batch
-from .denoiser import Denoiser, concat_conditions
+from .denoiser import Condition, Denoiser, concat_conditions
 from .heads import GANHeads
 from .ops.denoising import denoising_loss
 from .ops.dmd import dmd_loss
@@ -59,7 +60,7 @@ class Algorithm:
     """standard deviation of the R1 perturbation as a share of each noised sample's RMS"""
     r1_interval: int = 1
     passes: str = "independent"
-    """"independent": the GAN draws its own times and noise (the paper); "shared": it reads the passes that run anyway"""
+    """"independent": the GAN draws its own times and noise (paper); "shared": it reads the passes that run anyway"""
 
     @property
     def adversarial(self) -> bool:
@@ -109,7 +110,7 @@ class FakeScore(nn.Module):
         self,
         x_t: Tensor,
         t: Tensor,
-        condition: dict[str, Tensor],
+        condition: Condition,
         *,
         decode_rows: int | None = None,
         decode_grad: bool = True,
@@ -136,7 +137,7 @@ class Networks:
     teacher: Callable[..., Any]
     schedule: Schedule
     prediction_type: str
-    unconditional: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+    unconditional: Callable[[Condition], Condition]
 
 
 @dataclass
@@ -147,7 +148,7 @@ class _Noised:
     t: Tensor
     alpha: Tensor
     sigma: Tensor
-    condition: dict[str, Tensor]
+    condition: Condition
 
 
 def _noise(networks: Networks, x: Tensor, batch: Batch, key: NoiseKey, time_stream: int, t_range) -> _Noised:
@@ -159,7 +160,7 @@ def _noise(networks: Networks, x: Tensor, batch: Batch, key: NoiseKey, time_stre
     return _Noised(x_t, t, alpha, sigma, batch.condition)
 
 
-def _join(*parts: _Noised) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def _join(*parts: _Noised) -> tuple[Tensor, Tensor, Condition]:
     if len(parts) == 1:
         return parts[0].x_t, parts[0].t, parts[0].condition
     return (
@@ -191,23 +192,22 @@ class _Rollout:
     def __init__(self, call: Callable[..., Any], networks: Networks):
         self.call, self.schedule, self.prediction_type = call, networks.schedule, networks.prediction_type
 
-    def predict(self, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
+    def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         return self.call(x_t, t, condition)[0]
 
 
 def _teacher_pass(
     networks: Networks, algorithm: Algorithm, dmd: _Noised, gan: _Noised | None
-) -> tuple[Tensor | None, Tensor | None, tuple[Tensor, ...] | None]:
+) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...] | None]:
     """One teacher forward: conditional and unconditional predictions at `dmd`, features of the rows of `gan`.
 
     Rows: [dmd conditional; dmd unconditional; gan of its own draw]. Features carry a graph to x, predictions none.
     """
-    parts, n, guided = [], len(dmd.x_t), algorithm.guidance_scale != 1.0
-    wants_features = gan is not None
-    parts.append(dmd if gan is dmd else _detached(dmd))
+    n, guided, wants_features = len(dmd.x_t), algorithm.guidance_scale != 1.0, gan is not None
+    parts = [dmd if gan is dmd else _detached(dmd)]
     if guided:
         parts.append(_detached(dmd, networks.unconditional(dmd.condition)))
-    if wants_features and gan is not dmd:
+    if gan is not None and gan is not dmd:
         parts.append(gan)
     x_t, t, condition = _join(*parts)
     with torch.set_grad_enabled(wants_features and torch.is_grad_enabled()):
@@ -222,7 +222,7 @@ def _teacher_pass(
     return prediction[:n], uncond, tuple(feature[rows] for feature in features)
 
 
-def _detached(part: _Noised, condition: dict[str, Tensor] | None = None) -> _Noised:
+def _detached(part: _Noised, condition: Condition | None = None) -> _Noised:
     return _Noised(part.x_t.detach(), part.t, part.alpha, part.sigma, condition or part.condition)
 
 
@@ -241,15 +241,14 @@ def generator_loss(
     teacher, teacher_uncond, features = _teacher_pass(networks, algorithm, dmd, gan if from_teacher else None)
 
     n, own = len(x), adversarial and not from_teacher
-    parts = [dmd, gan] if own and gan is not dmd else [dmd]
-    x_t, t, condition = _join(*parts)
+    x_t, t, condition = _join(dmd, gan) if own and gan is not None and gan is not dmd else _join(dmd)
     with torch.set_grad_enabled(adversarial and torch.is_grad_enabled()):
         fake, logits = networks.fake_score(
             x_t if own else x_t.detach(), t, condition, decode_rows=n, decode_grad=False,
             logit_rows=slice(len(x_t) - n, None), features=features, logits=adversarial,
         )  # fmt: skip
     loss_dmd = dmd_loss(
-        x, dmd.x_t.detach(), fake.detach(), teacher.detach(), None if teacher_uncond is None else teacher_uncond.detach(),
+        x, dmd.x_t.detach(), fake, teacher, teacher_uncond,
         alpha=dmd.alpha, sigma=dmd.sigma, prediction_type=networks.prediction_type,
         guidance_scale=algorithm.guidance_scale,
     )  # fmt: skip
@@ -285,7 +284,7 @@ def fake_score_loss(
         sample_ids=batch.sample_ids, sample_weight=weight,
     )  # fmt: skip
     loss, metrics = loss_denoising, {"fake_score/denoising": loss_denoising}
-    if algorithm.adversarial:
+    if logits is not None:
         fake_logits, real_logits, perturbed = logits[:n], logits[n : 2 * n], logits[2 * n :]
         loss_gan = gan_discriminator_loss(real_logits, fake_logits)
         metrics |= {"fake_score/gan": loss_gan, "logits/real": real_logits.mean(), "logits/fake": fake_logits.mean()}
@@ -298,9 +297,7 @@ def fake_score_loss(
     return loss, {name: value.detach() for name, value in metrics.items()}
 
 
-def _real_rows(
-    networks: Networks, algorithm: Algorithm, batch: Batch, key: NoiseKey
-) -> tuple[_Noised, Tensor | None]:
+def _real_rows(networks: Networks, algorithm: Algorithm, batch: Batch, key: NoiseKey) -> tuple[_Noised, Tensor | None]:
     """Noised real samples, followed by their perturbed copies when R1 is due; and the perturbation's std (N,)."""
     real = _noise(networks, batch.x0, batch, key, Stream.GAN_REAL_TIME, algorithm.gan_t_range)
     if algorithm.r1_kind == "none" or key.step % algorithm.r1_interval:
@@ -308,8 +305,8 @@ def _real_rows(
     std = algorithm.r1_std * real.x_t.float().flatten(1).pow(2).mean(1).sqrt()
     both = r1_perturb(real.x_t, std, key=key.fork(Stream.R1), sample_ids=batch.sample_ids)
     doubled = {name: torch.cat([value, value]) for name, value in real.condition.items()}
-    twice = [torch.cat([value, value]) for value in (real.t, real.alpha, real.sigma)]
-    return _Noised(both, *twice, doubled), std
+    t, alpha, sigma = (torch.cat([value, value]) for value in (real.t, real.alpha, real.sigma))
+    return _Noised(both, t, alpha, sigma, doubled), std
 
 
 def _critic_pass(

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from .config import Config, OptimizerConfig
 from .denoiser import Denoiser
 from .distillation import FakeScore, Networks
+from .errors import UserError
 from .optimization import make_optimizer
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
@@ -65,10 +66,11 @@ def init_distributed() -> Rank:
     else:
         device = torch.device("cpu")
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world_size_from_environment()))
-        if "OMP_NUM_THREADS" not in os.environ or world_size_from_environment() == 1:
+        if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, available_cores() // local_ranks))
     if not dist.is_initialized():
-        deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT, verbose=False)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        deepspeed.init_distributed(backend, timeout=COLLECTIVE_TIMEOUT, verbose=False)
     return Rank(dist.get_rank(), dist.get_world_size(), device)
 
 
@@ -249,27 +251,42 @@ class ShardedEMA:
 
     @contextlib.contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """The engine's module runs with the averaged weights inside."""
+        """The engine's module runs with the averaged weights inside. Collective."""
         saved = {name: shard(parameter).clone() for name, parameter in self.parameters.items()}
         try:
-            for name, parameter in self.parameters.items():
-                shard(parameter).copy_(self.shards[name])
+            self._write(self.shards)
             yield
         finally:
-            for name, parameter in self.parameters.items():
-                shard(parameter).copy_(saved[name])
+            self._write(saved)
+
+    @torch.no_grad()
+    def _write(self, shards: dict[str, Tensor]) -> None:
+        """Put these shards into the module."""
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+        for name, parameter in self.parameters.items():
+            shard(parameter).copy_(shards[name])
+        # DeepSpeed keeps small parameters gathered between passes (its persistence threshold): no forward fetches them.
+        whole = [p for p in self.parameters.values() if p.ds_status == ZeroParamStatus.AVAILABLE]
+        for parameter, value in zip(whole, gather_all(whole) if whole else [], strict=True):
+            parameter.data.copy_(value)
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """The averaged weights, whole, f32, on the CPU. Collective."""
         wholes = gather_all(list(self.parameters.values()), [self.shards[name] for name in self.parameters])
-        return {name: whole.cpu() for name, whole in zip(self.parameters, wholes, strict=True)}
+        return {name: _own_copy(whole) for name, whole in zip(self.parameters, wholes, strict=True)}
 
 
 def full_state_dict(engine: Any) -> dict[str, Tensor]:
     """The engine's current weights, whole, f32, on the CPU. Collective."""
     parameters = dict(engine.module.named_parameters())
     wholes = gather_all(list(parameters.values()))
-    return {name: whole.float().cpu() for name, whole in zip(parameters, wholes, strict=True)}
+    return {name: _own_copy(whole) for name, whole in zip(parameters, wholes, strict=True)}
+
+
+def _own_copy(whole: Tensor) -> Tensor:
+    """f32 on the CPU; never a view of weights that go on changing, as a single rank's shards are."""
+    return whole.to("cpu", torch.float32, copy=True)
 
 
 def reduce_mean(values: Tensor) -> Tensor:
@@ -287,3 +304,14 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     value = torch.tensor([float(flag)], device=device)
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return bool(value.item())
+
+
+def raise_together(error: UserError | None, rank: Rank) -> None:
+    """Raise on every rank what any rank met, so that none is left waiting in a collective. Collective."""
+    messages: list[str | None] = [None if error is None else str(error)]
+    if rank.world_size > 1:
+        messages = [None] * rank.world_size
+        dist.all_gather_object(messages, None if error is None else str(error))
+    found = list(dict.fromkeys(message for message in messages if message is not None))
+    if found:
+        raise UserError("; ".join(found)) from error

@@ -1,7 +1,7 @@
 """The table at the end of a run: teacher, undistilled and distilled generator against the test split.
 
-Every row samples as many images as `run.num_samples`, classes in turn, from the same noise, and is measured in this run:
-the teacher by its ODE samplers (Heun, Euler), "undistilled" as the generator's few-step sampler with the teacher's
+Every row samples as many images as `run.num_samples`, classes in turn, from the same noise, and is measured here: the
+teacher by its ODE samplers (Heun, Euler), "undistilled" as the generator's few-step sampler with the teacher's
 weights, "generator" from generator.safetensors. `seconds` is the time to sample 1,000 images.
 """
 
@@ -13,6 +13,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +76,8 @@ def _rows(config: Config, teacher: Denoiser, generator: FewStepGenerator) -> lis
     rows, seed, scale = [], config.run.seed, config.teacher.guidance_scale
     if isinstance(teacher.schedule, KarrasSchedule) and teacher.prediction_type == "sample":
         for evaluations, heun in TEACHER_ROWS:
-            rows.append(
-                _Row("teacher", evaluations, lambda labels, n=evaluations, heun=heun: sample_teacher(
-                    teacher, labels, n, heun=heun, guidance_scale=scale, seed=seed))
-            )  # fmt: skip
+            options: dict[str, Any] = {"evaluations": evaluations, "heun": heun, "guidance_scale": scale, "seed": seed}
+            rows.append(_Row("teacher", evaluations, partial(sample_teacher, teacher, **options)))
     undistilled = FewStepGenerator(teacher, generator.steps)
     num_steps = len(generator.steps)
     rows.append(_Row("undistilled", num_steps, lambda labels: undistilled.sample(labels, seed=seed)))

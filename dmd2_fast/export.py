@@ -1,7 +1,7 @@
 """The generator as one file: `generator.safetensors`, weights with everything that sampling needs in its metadata.
 
-    generator = load_generator("runs/digits/generator.safetensors")
-    images = generator.sample(labels, seed=0)          # (N, C, H, W) f32 in [-1, 1]
+generator = load_generator("runs/digits/generator.safetensors")
+images = generator.sample(labels, seed=0)          # (N, C, H, W) f32 in [-1, 1]
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from .errors import UserError
 from .networks import build_denoiser, denoiser_settings, load_weights
 from .random import NoiseKey
 from .rollout import sample
+from .runs import replacing
 
 METADATA_KEY = "dmd2_fast"
 PREFIX = "network.unet."
@@ -40,13 +41,15 @@ class FewStepGenerator:
         device = next(self.denoiser.parameters()).device
         steps = self.denoiser.schedule.steps(self.steps, device)
         shape = self.denoiser.network.image_shape
+        if len(class_labels) == 0:
+            return torch.empty(0, *shape)
         ids = torch.arange(len(class_labels), device=device)
         key = NoiseKey(seed, step=SAMPLING_STEP)
         parts = [
             sample(self.denoiser, steps, {"class_labels": labels.to(device)}, part, shape, key)
             for labels, part in zip(class_labels.split(batch_size), ids.split(batch_size), strict=True)
         ]
-        return torch.cat(parts).clamp(-1, 1).cpu() if parts else torch.empty(0, *shape)
+        return torch.cat(parts).clamp(-1, 1).cpu()
 
 
 def cycling_labels(num: int, num_classes: int) -> Tensor:
@@ -65,24 +68,25 @@ def save_generator(path: str | os.PathLike, state: dict[str, Tensor], denoiser: 
 
     weights = {name.removeprefix(PREFIX): value.detach().float().contiguous() for name, value in state.items()}
     metadata = {**denoiser_settings(denoiser), "steps": list(steps), "weights": "unet", **extra}
-    temporary = Path(str(path) + ".tmp")
-    save_file(weights, temporary, metadata={METADATA_KEY: json.dumps(metadata)})
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        save_file(weights, temporary, metadata={METADATA_KEY: json.dumps(metadata)})
 
 
 def load_generator(path: str | os.PathLike, device: torch.device | str = "cpu") -> FewStepGenerator:
-    """The generator of a file that `save_generator` wrote; `UserError` when it is missing, damaged or of other shapes."""
+    """The generator of a file by `save_generator`; `UserError` when it is missing, damaged or of other shapes."""
     import safetensors
 
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
             metadata = json.loads(file.metadata()[METADATA_KEY])
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: not a dict
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         steps = tuple(metadata["steps"])
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     except (TypeError, KeyError, ValueError) as error:
-        raise UserError(f"{path} is no generator of this library: its metadata lacks {METADATA_KEY!r} ({error})") from error
+        raise UserError(
+            f"{path} is no generator of this library: its metadata lacks {METADATA_KEY!r} ({error})"
+        ) from error
     denoiser = build_denoiser(metadata)
     load_weights(denoiser.network.unet, weights, str(path))
     return FewStepGenerator(denoiser.to(device).eval().requires_grad_(False), steps)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from .runs import replacing
 
 MIN_TILE = 32
 """Smaller images are enlarged to about this many pixels, with hard edges."""
@@ -26,17 +27,17 @@ def save_grid(path: str | os.PathLike, images: Tensor, columns: int) -> None:
     for i, tile in enumerate(tiles):
         top, left = i // columns * (height + 1), i % columns * (width + 1)
         canvas[:, top : top + height, left : left + width] = tile
-    array = np.ascontiguousarray(canvas.permute(1, 2, 0).numpy().squeeze(-1) if channels == 1 else canvas.permute(1, 2, 0))
-    temporary = Path(str(path) + ".tmp")
-    Image.fromarray(array).save(temporary, format="PNG")
-    temporary.replace(path)
+    array = np.ascontiguousarray(
+        canvas.permute(1, 2, 0).numpy().squeeze(-1) if channels == 1 else canvas.permute(1, 2, 0)
+    )
+    with replacing(path) as temporary:
+        Image.fromarray(array).save(temporary, format="PNG")
 
 
 def save_samples(path: str | os.PathLike, images: Tensor, labels: Tensor, seed: int) -> None:
     """Write `images` (N, C, H, W) f32 in [-1, 1], `labels` (N,) int64 and `seed` (1,) int64; atomically."""
     from safetensors.torch import save_file
 
-    temporary = Path(str(path) + ".tmp")
     tensors = {"images": images.float().contiguous(), "labels": labels.contiguous(), "seed": torch.tensor([seed])}
-    save_file(tensors, temporary, metadata={"value_range": "[-1, 1]", "seed": str(seed)})
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={"value_range": "[-1, 1]", "seed": str(seed)})

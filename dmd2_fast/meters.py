@@ -48,6 +48,10 @@ class Metrics:
             self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
             self.counts[name] += 1
 
+    def restore(self, sums: dict[str, Tensor], counts: dict[str, int]) -> None:
+        """Go on from the sums of an interrupted interval."""
+        self.sums, self.counts = dict(sums), defaultdict(int, counts)
+
     def read(self) -> dict[str, float]:
         """Means over the interval and over ranks. Collective. Ranks add the same names, in the same order."""
         if not self.sums:

@@ -13,7 +13,12 @@ from .config import LRSchedulerConfig, OptimizerConfig
 def make_optimizer(parameters: Any, config: OptimizerConfig) -> torch.optim.Optimizer:
     """torch's fused AdamW: one kernel for all parameters, on CPU and GPU."""
     return torch.optim.AdamW(
-        parameters, lr=config.lr, betas=tuple(config.betas), eps=config.eps, weight_decay=config.weight_decay, fused=True
+        parameters,
+        lr=config.lr,
+        betas=tuple(config.betas),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=True,
     )
 
 

@@ -1,24 +1,24 @@
 """Few-step sampling, and the same chain as the generator's training input (backward simulation).
 
-Step i denoises, x0 = G(x_i, t_i), and noises again to the next step, x_{i+1} = alpha_{i+1} x0 + sigma_{i+1} n with fresh
-noise: LCM-type sampling (Yin et al. 2024, section 4.4). In training the generator gets the x_k that its own steps
-0..k-1 made, without gradient. Noise comes from keys: stream GENERATOR_INPUT at the start, ROLLOUT_STEP + i after step i.
+Step i denoises, x0 = G(x_i, t_i), and noises again to the next step, x_{i+1} = alpha_{i+1} x0 + sigma_{i+1} n, with
+fresh noise: LCM-type sampling (Yin et al. 2024, section 4.4). In training the generator gets the x_k that its own steps
+0..k-1 made, without gradient. Noise is keyed: stream GENERATOR_INPUT at the start, ROLLOUT_STEP + i after step i.
 Also here: the teacher's samplers, Euler and Heun on the probability-flow ODE (Karras et al. 2022, algorithm 1).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from .denoiser import Denoiser, concat_conditions
+from .denoiser import Condition, Denoiser, concat_conditions
 from .ops.noise import predict_x0, renoise
 from .random import NoiseKey, Stream, philox_normal, philox_uniform
 from .schedules import KarrasSchedule, Schedule
 
-Condition = dict[str, Tensor]
 Predict = Callable[[Tensor, Tensor, Condition], Tensor]
 
 
@@ -38,7 +38,7 @@ def chain(
     sample_ids: Tensor,
     key: NoiseKey,
 ) -> Iterator[Tensor]:
-    """The inputs of steps 0, 1, ..., K - 1 and last the sample: K + 1 tensors (N, *). Lazy: take as many as you need."""
+    """The inputs of steps 0, 1, ..., K - 1 and last the sample: K + 1 tensors (N, *). Lazy: take what you need."""
     for i, step in enumerate(steps):
         yield x
         t = step.expand(len(x))
@@ -66,7 +66,7 @@ def sample(
 
 
 def rollout_index(num_steps: int, mode: str, sample_ids: Tensor, key: NoiseKey) -> Tensor:
-    """Which step is trained, (N,) int64 in [0, num_steps): one for the whole batch (equal on all ranks) or per sample."""
+    """The trained step, (N,) int64 in [0, num_steps): one for the whole batch (equal on all ranks) or per sample."""
     ids = torch.zeros_like(sample_ids) if mode == "batch" else sample_ids
     u = philox_uniform(ids, (1,), key.fork(Stream.ROLLOUT_INDEX))[:, 0]
     return (u * num_steps).long().clamp_(max=num_steps - 1)
@@ -129,7 +129,7 @@ def sample_ode(predict: Predict, sigmas: Tensor, x: Tensor, condition: Condition
 
     Euler takes one evaluation a step; Heun two but for the last step: 18 steps are 35 evaluations.
     """
-    for sigma, next_sigma in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for sigma, next_sigma in itertools.pairwise(sigmas):
         slope = (x - predict(x, sigma.expand(len(x)), condition)) / sigma
         proposal = x + (next_sigma - sigma) * slope
         if heun and next_sigma > 0:

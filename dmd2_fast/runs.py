@@ -5,6 +5,7 @@ One process (rank 0) writes. A folder is a run folder when it holds config.json,
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from typing import Any
 from dmd2_fast.config import Config, config_from_dict
 from dmd2_fast.config_parse import SECTION, read_json_object, show
 from dmd2_fast.errors import ConfigError, RunFolderError
+from dmd2_fast.locks import WAIT_SECONDS, Lock, acquire
 
 HARMLESS_KEYS = (
     f"{SECTION}.run.folder",  # the folder may have been moved
@@ -47,6 +49,9 @@ HARMLESS_KEYS = (
 later iteration another learning rate. With constant schedules on both networks it may change.
 """
 
+LOCK_FILE = ".lock"
+"""In a run folder while a process trains there."""
+
 _ABSENT = object()
 _CHECKPOINT = re.compile(r"iteration-(\d+)")
 
@@ -60,6 +65,21 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """A name to write to, which becomes `path` at the end of the block; a block that fails leaves nothing behind."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what the user's umask leaves; safetensors makes its files private
+        yield temporary
+        temporary.chmod(mode)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -142,8 +162,10 @@ def load_run_config(folder: str | Path, world_size: int = 1) -> Config:
 class RunFolder:
     """Names and upkeep of one run's files. Build it with `open_run`."""
 
-    def __init__(self, path: str | Path, resumed: bool = False) -> None:
+    def __init__(self, path: str | Path, resumed: bool = False, lock: Lock | None = None) -> None:
         self.path = Path(path)
+        self.lock = lock
+        """Held by the one process that writes, until this object goes."""
         self.resumed = resumed
         """Whether the folder held a run of this configuration before."""
 
@@ -215,6 +237,10 @@ class RunFolder:
             raise ValueError(f"keep is {keep}: expected at least 1 checkpoint to keep.")
         for _, folder in self.list_checkpoints()[:-keep]:
             _remove_tree(folder)
+        self.discard_pending()
+
+    def discard_pending(self) -> None:
+        """Remove what is half-written."""
         for leftover in self.checkpoints.glob("*.tmp"):
             shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
@@ -227,7 +253,8 @@ def _remove_tree(folder: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _move_aside(folder: Path) -> Path:
+def move_aside(folder: Path) -> Path:
+    """Rename a folder to FOLDER.1, or the first free number; the new name."""
     number = 1
     while os.path.lexists(target := folder.with_name(f"{folder.name}.{number}")):
         number += 1
@@ -236,7 +263,7 @@ def _move_aside(folder: Path) -> Path:
 
 
 def _holds_nothing(entries: Iterable[Path]) -> bool:
-    return all(entry.name.endswith(".tmp") for entry in entries)
+    return all(entry.name.endswith(".tmp") or entry.name == LOCK_FILE for entry in entries)
 
 
 def _check_same(folder: Path, config: Config) -> None:
@@ -258,33 +285,48 @@ def _check_same(folder: Path, config: Config) -> None:
         )
 
 
-def open_run(config: Config, fresh: bool = False) -> RunFolder:
-    """Create the run folder of a configuration, or open it to resume.
+def inspect_run(config: Config, fresh: bool = False) -> bool:
+    """Whether the folder holds a run to resume or, with `fresh`, to move aside. Raises RunFolderError."""
+    folder = Path(config.run.folder)
+    if folder.exists() and not folder.is_dir():
+        raise RunFolderError(f"{folder} is a file: run.folder must name a folder.")
+    resumed = is_run_folder(folder)
+    if not resumed and folder.exists() and not _holds_nothing(folder.iterdir()):
+        raise RunFolderError(
+            f"{folder} is not empty and holds no run (no config.json): choose another run.folder, or clear it."
+        )
+    if resumed and not fresh:
+        _check_same(folder, config)
+    return resumed
+
+
+def open_run(config: Config, fresh: bool = False, wait: float = WAIT_SECONDS) -> RunFolder:
+    """Create the run folder of a configuration, or open it to resume; it is locked while the result is held.
 
     Args:
         config: the checked configuration; its `run.folder` is the folder.
         fresh: move an existing run to `FOLDER.1`, `.2` ... first.
+        wait: seconds to wait for another process that is in the folder.
 
     Raises:
         RunFolderError: the folder holds a run of another configuration (the differing keys are listed), or something
-            that is no run, or it cannot be written.
+            that is no run, or another process is in it, or it cannot be written. Nothing is changed then.
     """
     folder = Path(config.run.folder)
     try:
-        if folder.exists() and not folder.is_dir():
-            raise RunFolderError(f"{folder} is a file: run.folder must name a folder.")
-        resumed = is_run_folder(folder)
-        if not resumed and folder.exists() and not _holds_nothing(folder.iterdir()):
-            raise RunFolderError(
-                f"{folder} is not empty and holds no run (no config.json): choose another run.folder, or clear it."
-            )
-        if resumed and fresh:
-            _move_aside(folder)
-            resumed = False
-        if resumed:
-            _check_same(folder, config)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "config.json", config.to_dict())
+        if inspect_run(config, fresh) and fresh:
+            with acquire(folder / LOCK_FILE, str(folder), wait):
+                (move_aside(folder) / LOCK_FILE).unlink(missing_ok=True)
+        existed = folder.exists()
+        lock = acquire(folder / LOCK_FILE, str(folder), wait)
+        resumed = inspect_run(config)  # a process that was waited for may have changed it
+        try:
+            write_json(folder / "config.json", config.to_dict())
+        except OSError:
+            lock.release()
+            if not existed:
+                folder.rmdir()
+            raise
     except OSError as error:
         raise RunFolderError(f"{folder}: the run folder cannot be written: {error}.") from None
-    return RunFolder(folder, resumed)
+    return RunFolder(folder, resumed, lock)

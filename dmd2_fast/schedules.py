@@ -99,7 +99,7 @@ class KarrasSchedule(Schedule):
     sigma_min: float = 0.002
     sigma_max: float = 80.0
     rho: float = 7.0
-    sigma_data: float = 0.5  # type: ignore[assignment]
+    sigma_data: float = 0.5
     kind = "karras"
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,9 +141,7 @@ class RectifiedFlowSchedule(Schedule):
         return torch.tensor(values, dtype=torch.float32, device=device)
 
 
-SCHEDULES: dict[str, type[Schedule]] = {
-    cls.kind: cls for cls in (DDPMSchedule, KarrasSchedule, RectifiedFlowSchedule)
-}
+SCHEDULES: dict[str, type[Schedule]] = {cls.kind: cls for cls in (DDPMSchedule, KarrasSchedule, RectifiedFlowSchedule)}
 
 
 def make_schedule(kind: str, **options) -> Schedule:

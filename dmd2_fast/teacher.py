@@ -21,13 +21,15 @@ from tqdm import tqdm
 from .config import Config, TeacherTrainingConfig
 from .data import make_loader, read_all
 from .data.batch import Batch
-from .denoiser import Denoiser
+from .denoiser import Condition, Denoiser
 from .errors import ConfigError
-from .networks import build_denoiser, load_denoiser, save_denoiser
+from .locks import acquire
+from .networks import SETTINGS_FILE, build_denoiser, load_denoiser, save_denoiser
 from .ops.denoising import denoising_loss
 from .ops.noise import add_noise
 from .optimization import make_optimizer, set_learning_rate, warmup_cosine
 from .random import NoiseKey, Stream, philox_normal, philox_uniform
+from .runs import move_aside
 
 LOG_SIGMA_MEAN, LOG_SIGMA_STD = -1.2, 1.2  # EDM, table 1
 LABEL_STREAM = Stream.USER
@@ -59,7 +61,7 @@ def training_times(denoiser: Denoiser, batch: Batch, key: NoiseKey) -> Tensor:
     return denoiser.schedule.time(philox_uniform(ids, (1,), key.fork(Stream.DENOISING_TIME))[:, 0])
 
 
-def drop_labels(denoiser: Denoiser, batch: Batch, key: NoiseKey, probability: float) -> dict[str, Tensor]:
+def drop_labels(denoiser: Denoiser, batch: Batch, key: NoiseKey, probability: float) -> Condition:
     """The condition with each sample's label replaced by the empty one with this probability."""
     if probability == 0:
         return batch.condition
@@ -89,31 +91,48 @@ def train_teacher(config: Config, *, fresh: bool = False, on_step: Callable[[int
     if training is None:
         raise ConfigError("teacher.training is null: there is no teacher to train; model.path must hold one")
     wanted = {"training": config.to_dict()["dmd2_fast"]["teacher"]["training"], "data": config.data.path}
-    if folder.exists() and not fresh:
-        if _recorded(folder) == wanted:
-            load_denoiser(folder)
-            print(f"teacher: {folder} is there already, with the same settings")
-            return folder
-        raise ConfigError(
-            f"model.path: {str(folder)!r} holds something else than a teacher of these settings; "
-            "train with --fresh to replace it, or name another folder"
-        )
+    if _is_there(folder, wanted, fresh):
+        return folder
     images, _ = read_all(config.data.path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(training.seed)
     denoiser = build_denoiser(teacher_settings(training, images)).to(device)
-    if denoiser.network.image_shape != tuple(images.shape[1:]):
-        raise ConfigError(
-            f"teacher.training.network takes images of {denoiser.network.image_shape}, the data are {tuple(images.shape[1:])}"
-        )
-    averaged = _run(config, training, denoiser, device, on_step)
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    save_denoiser(averaged, temporary)
-    (temporary / TRAINING_FILE).write_text(json.dumps(wanted, indent=2) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    takes, has = denoiser.network.image_shape, tuple(images.shape[1:])
+    if takes != has:
+        raise ConfigError(f"teacher.training.network takes images of {takes}, the data are {has}")
+    with acquire(folder.with_name(f".{folder.name}.lock"), str(folder)):
+        if _is_there(folder, wanted, fresh):  # another process was faster
+            return folder
+        averaged = _run(config, training, denoiser, device, on_step)
+        temporary = folder.with_name(folder.name + ".tmp")
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            save_denoiser(averaged, temporary)
+            (temporary / TRAINING_FILE).write_text(json.dumps(wanted, indent=2) + "\n")
+            if (folder / SETTINGS_FILE).exists():
+                print(f"teacher: the old one is now {move_aside(folder)}")
+            temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def _is_there(folder: Path, wanted: Any, fresh: bool) -> bool:
+    """Whether the folder holds the wanted teacher; ConfigError when it holds another, or something else."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    if not (folder / SETTINGS_FILE).is_file():
+        raise ConfigError(f"model.path: {str(folder)!r} exists and is no teacher's folder; name another one")
+    if fresh:
+        return False
+    if _recorded(folder) != wanted:
+        raise ConfigError(
+            f"model.path: {str(folder)!r} holds something else than a teacher of these settings; "
+            "train with --fresh to move it aside, or name another folder"
+        )
+    load_denoiser(folder)
+    print(f"teacher: {folder} is there already, with the same settings")
+    return True
 
 
 def _recorded(folder: Path) -> Any:
@@ -152,4 +171,3 @@ def _run(config: Config, training: TeacherTrainingConfig, denoiser: Denoiser, de
         bar.close()
         loader.close()
     return averaged
-

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import io
 import logging
 import os
-import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from typing import Any, TypeVar
 
 import torch
@@ -23,7 +24,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .checkpoint import load_checkpoint, read_state, save_checkpoint
-from .config import Config, LRSchedulerConfig, load_config
+from .cli import add_config_arguments
+from .config import Config, load_config
+from .config_deepspeed import validate_with_deepspeed
 from .data import make_loader
 from .data.batch import Batch
 from .distillation import Algorithm, FakeScore, fake_score_loss, generate, generator_loss
@@ -35,22 +38,25 @@ from .engine import (
     full_state_dict,
     init_distributed,
     poison_if_not_finite,
+    raise_together,
     step_was_skipped,
     world_size_from_environment,
 )
 from .errors import ConfigError, UserError
 from .evaluation import evaluate_run, has_test_split, load_reference
 from .export import FewStepGenerator, cycling_labels, num_classes, save_generator
+from .failures import DivergedError, exit_code
 from .grids import save_grid
 from .heads import GANHeads
 from .meters import Clock, Metrics
 from .networks import load_denoiser
 from .optimization import learning_rate, set_learning_rate
+from .preflight import check_inputs
 from .random import NoiseKey
-from .runs import RunFolder, open_run, write_atomic
+from .runs import RunFolder, inspect_run, open_run, write_atomic
+from .stopping import EXIT_STOPPED, StopRequested, StopSignals, watch_launchers
 
 MAX_SKIPS_IN_A_ROW = 20
-EXIT_DIVERGED, EXIT_USER_ERROR, EXIT_STOPPED = 1, 2, 128 + signal.SIGTERM
 QUICK_SAMPLES = 500
 GRID_ROWS = 8
 
@@ -58,13 +64,10 @@ T = TypeVar("T")
 logger = logging.getLogger("dmd2_fast")
 
 
-class DivergedError(RuntimeError):
-    """The run met non-finite gradients too many times in a row."""
-
-
 def on_main(rank: Rank, action: Callable[[], T]) -> T | None:
     """Run an action on rank 0 alone; a `UserError` it raises is raised on every rank, so that none is left waiting."""
-    result, message = None, [None]
+    result: T | None = None
+    message: list[str | None] = [None]
     if rank.is_main:
         try:
             result = action()
@@ -92,8 +95,8 @@ class Trainer:
         self.started = time.perf_counter()
         self.stop_requested = False
         self.num_quick_samples, self.reference = self._make_reference()
-        self.writer = self._make_writer()
         self._resume()
+        self.writer = self._make_writer()
         self.loader = make_loader(
             config.data, seed=config.run.seed, rank=rank.rank, world_size=rank.world_size, device=rank.device,
             micro_batch_size=config.micro_batch_size, start_iteration=self.iteration,
@@ -125,7 +128,9 @@ class Trainer:
 
     def _check_data(self) -> None:
         if tuple(self.loader.image_shape) != tuple(self.image_shape):
-            raise ConfigError(f"data.path holds images of {self.loader.image_shape}, the model takes {self.image_shape}")
+            raise ConfigError(
+                f"data.path holds images of {self.loader.image_shape}, the model takes {self.image_shape}"
+            )
         if self.loader.num_classes > num_classes(self.denoiser):
             raise ConfigError(
                 f"data.path has {self.loader.num_classes} classes, the model knows {num_classes(self.denoiser)}"
@@ -141,11 +146,13 @@ class Trainer:
         states = [state]
         if self.rank.world_size > 1:
             dist.broadcast_object_list(states)
-        load_checkpoint(folder, self.engines, self.ema, self.rank)
+        load_checkpoint(folder, self.engines, self.ema, self.metrics, self.rank)
         state = states[0]
+        assert state is not None  # rank 0 has read it, or all have raised
         self.iteration, self.skipped = state["iteration"], dict(state["skipped"])
         self.generator_updates, self.seconds_before = state["generator_updates"], state["seconds"]
-        on_main(self.rank, lambda: self.run.truncate_metrics(self.iteration))
+        # A line counts finished iterations: the one of the checkpoint's own iteration stays.
+        on_main(self.rank, lambda: self.run.truncate_metrics(self.iteration + 1))
         if self.rank.is_main:
             print(f"resuming at iteration {self.iteration} from {folder}")
 
@@ -161,7 +168,7 @@ class Trainer:
             return None
         from torch.utils.tensorboard import SummaryWriter
 
-        return SummaryWriter(str(self.run.path / "tensorboard"), purge_step=self.iteration)
+        return SummaryWriter(str(self.run.path / "tensorboard"), purge_step=self.iteration + 1)
 
     def close(self) -> None:
         self.loader.close()
@@ -183,21 +190,28 @@ class Trainer:
         """Run to the last iteration; False when asked to stop before it."""
         run, batches = self.config.run, iter(self.loader)
         self.started = time.perf_counter()
-        with tqdm(
-            total=run.iterations, initial=self.iteration, desc="distil", disable=not (run.progress and self.rank.is_main)
-        ) as bar:
+        hidden = not (run.progress and self.rank.is_main)
+        with tqdm(total=run.iterations, initial=self.iteration, desc="distil", disable=hidden) as bar:
             while self.iteration < run.iterations:
                 with self.clock.part("data"):
-                    micro_batches = next(batches)
+                    micro_batches, failure = self._next(batches)
+                if any_rank(self.stop_requested or failure is not None, self.rank.device):
+                    self.save()
+                    raise_together(failure, self.rank)
+                    return False
                 self.step(micro_batches)
                 self.iteration += 1
                 bar.update()
                 self._periodic(bar)
-                if any_rank(self.stop_requested, self.rank.device):
-                    self.save()
-                    return False
         self.save()
         return True
+
+    def _next(self, batches: Iterator[list[Batch]]) -> tuple[list[Batch], UserError | None]:
+        """This rank's part of the next global batch, or why it cannot be read."""
+        try:
+            return next(batches), None
+        except UserError as error:
+            return [], error
 
     def step(self, micro_batches: list[Batch]) -> None:
         """One iteration: the generator's update when it is due, then the fake score's on the same samples."""
@@ -262,8 +276,8 @@ class Trainer:
         self.save()
         broken = sorted(key for key, value in last.items() if value != value or abs(value) == float("inf"))
         text = (
-            f"stopped at iteration {self.iteration}: {MAX_SKIPS_IN_A_ROW} updates in a row of the {name} met a non-finite "
-            f"loss or gradient and were skipped ({self.skipped[name]} in all).\n"
+            f"stopped at iteration {self.iteration}: {MAX_SKIPS_IN_A_ROW} updates in a row of the {name} met a "
+            f"non-finite loss or gradient and were skipped ({self.skipped[name]} in all).\n"
             f"not finite since the last log line: {', '.join(broken) or 'no loss, only gradients'}.\n"
             f"means since the last log line: {last}\n"
             "The state is saved; the weights are those before the first skipped update. What helps: a lower learning "
@@ -323,8 +337,9 @@ class Trainer:
         """Write a checkpoint of the state after `self.iteration` iterations. Collective."""
         with self.clock.part("checkpoint"):
             save_checkpoint(
-                self.run, self.iteration, self.config.run.keep_checkpoints, self.engines, self.ema, self.state(), self.rank
-            )
+                self.run, self.iteration, self.config.run.keep_checkpoints, self.engines, self.ema, self.metrics,
+                self.state(), self.rank,
+            )  # fmt: skip
 
     def export(self) -> None:
         """Write generator.safetensors, the averaged weights where there are any. Collective."""
@@ -339,18 +354,8 @@ class Trainer:
 def quiet_libraries() -> None:
     """Keep DeepSpeed's start-up chatter out of the terminal; warnings stay."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-
-
-def stop_on_signals(trainer: Trainer) -> None:
-    """SIGTERM and SIGINT ask the run to save and stop after the iteration; a second SIGINT ends it at once."""
-
-    def handler(number: int, _frame: Any) -> None:
-        trainer.stop_requested = True
-        if number == signal.SIGINT:  # the launcher passes a Ctrl-C on as SIGTERM too, so that one stays graceful
-            signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, handler)
+    # DeepSpeed 0.19 calls collectives by the names that torch 2.13 has given up.
+    warnings.filterwarnings("ignore", r".torch\.distributed\..* is deprecated", FutureWarning)
 
 
 def finish(run: RunFolder, config: Config, seconds: float) -> None:
@@ -364,22 +369,45 @@ def finish(run: RunFolder, config: Config, seconds: float) -> None:
     print(f"\n{run.path / 'report.html'}")
 
 
-def run_training(config: Config, fresh: bool = False) -> int:
-    """Train, or go on with, the run of a config; evaluate it at the end. Returns the exit code."""
+def run_training(config: Config, fresh: bool = False, stop: StopSignals | None = None) -> int:
+    """Train, or go on with, the run of a config; evaluate it at the end. Returns the exit code.
+
+    Raises UserError and DivergedError on every rank; StopRequested where a signal came and there was nothing to save.
+    """
+    stop = stop or StopSignals()
     quiet_libraries()
     rank = init_distributed()
-    on_main(rank, lambda: open_run(config, fresh))
-    run = RunFolder(config.run.folder)
+    stop.listen()
+    try:
+        # A single rank can leave wherever it is; several leave together.
+        with stop.at_once(rank.world_size == 1):
+            run = on_main(rank, lambda: open_run(config, fresh)) or RunFolder(config.run.folder)
+        try:
+            return _train(config, run, rank, stop)
+        except BaseException:
+            if rank.is_main:
+                run.discard_pending()
+            raise
+        finally:
+            if run.lock is not None:
+                run.lock.release()
+    finally:
+        stop.restore()
+
+
+def _train(config: Config, run: RunFolder, rank: Rank, stop: StopSignals) -> int:
     latest = run.latest_checkpoint()
-    generator_file = run.path / "generator.safetensors"
     seconds = 0.0
-    if generator_file.exists() and latest is not None and latest[0] >= config.run.iterations:
+    if (run.path / "generator.safetensors").exists() and latest is not None and latest[0] >= config.run.iterations:
         if rank.is_main:
             print(f"{run.path} is trained already ({latest[0]} iterations); --fresh starts anew")
         finished, seconds = True, read_state(latest[1], rank.world_size)["seconds"]
     else:
-        trainer = Trainer(config, run, rank)
-        stop_on_signals(trainer)
+        with stop.at_once(rank.world_size == 1):
+            trainer = Trainer(config, run, rank)
+        if any_rank(stop.requested, rank.device):
+            raise StopRequested
+        stop.tell(lambda: setattr(trainer, "stop_requested", True))
         finished = trainer.train()
         if finished:
             trainer.export()
@@ -392,30 +420,52 @@ def run_training(config: Config, fresh: bool = False) -> int:
     if not finished:
         return EXIT_STOPPED
     if rank.is_main:
-        finish(run, config, seconds)
+        with stop.at_once():
+            finish(run, config, seconds)
     return 0
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line of train.py; usage and help come from rank 0 alone."""
     parser = argparse.ArgumentParser(
+        prog="train.py",
         description="Distil a diffusion model with DMD2.",
-        epilog="example: deepspeed train.py --config ds_digits.json --set run.iterations=500 --set run.folder=runs/short",
+        epilog="example: deepspeed train.py --config ds_digits.json --set run.iterations=500",
     )
-    parser.add_argument("--config", required=True, help="DeepSpeed's JSON with a dmd2_fast section")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; repeatable")
+    add_config_arguments(parser)
     parser.add_argument("--fresh", action="store_true", help="move an existing run folder aside and start anew")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher appends it
-    return parser.parse_args(argv)
+    if os.environ.get("RANK", "0") == "0":
+        return parser.parse_args(argv)
+    text = io.StringIO()
+    try:
+        with redirect_stderr(text), redirect_stdout(text):
+            return parser.parse_args(argv)
+    except SystemExit as end:
+        if end.code:
+            raise UserError(text.getvalue()) from None  # which rank 0 has said
+        raise
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Exit codes: 0 done, 1 diverged (state saved), 2 bad input, 143 stopped by a signal (saved)."""
-    args = parse_arguments(argv)
-    is_main = os.environ.get("RANK", "0") == "0"
+    stop, is_main = StopSignals(), os.environ.get("RANK", "0") == "0"
     try:
-        config = load_config(args.config, args.set, world_size_from_environment())
-        return run_training(config, args.fresh)
-    except (UserError, DivergedError) as error:
+        args = parse_arguments(argv)
+        world_size = world_size_from_environment()
+        config = load_config(args.config, args.set, world_size)
+        validate_with_deepspeed(config.deepspeed, world_size)
+        watch_launchers()
+        check_inputs(config)
         if is_main:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_DIVERGED
+            inspect_run(config, args.fresh)
+        return run_training(config, args.fresh, stop)
+    except (StopRequested, KeyboardInterrupt):
+        if is_main:
+            print("stopped; nothing is lost: the same command goes on from the last checkpoint", file=sys.stderr)
+        return EXIT_STOPPED
+    except Exception as error:
+        code = exit_code(error, stop)
+        if code is None:
+            raise
+        return code

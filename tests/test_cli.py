@@ -26,8 +26,8 @@ class Calls(list):
         self.monkeypatch = monkeypatch
 
     def install(self, module, name, result):
-        def function(*arguments):
-            self.append((name, *arguments))
+        def function(*arguments, **keywords):
+            self.append((name, *arguments, *keywords.items()))
             if isinstance(result, BaseException):
                 raise result
             return result
@@ -53,6 +53,7 @@ def run_folder(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(load_config(DIGITS).to_dict()))
+    (folder / "generator.safetensors").write_bytes(b"its content is the stand-ins' business")
     return folder
 
 
@@ -69,7 +70,9 @@ def test_prepare_and_teacher_get_what_the_config_says(calls):
     assert main(["prepare", "--digits", "--config", DIGITS, "--set", "data.path=elsewhere"]) == 0
     assert main(["teacher", "--config", DIGITS, "--set", "teacher.training.iterations=3"]) == 0
     assert calls[0] == ("prepare_digits", "elsewhere")
-    assert calls[1] == ("train_teacher", load_config(DIGITS, ["teacher.training.iterations=3"]))
+    assert calls[1] == ("train_teacher", load_config(DIGITS, ["teacher.training.iterations=3"]), ("fresh", False))
+    assert main(["teacher", "--config", DIGITS, "--fresh"]) == 0
+    assert calls[2] == ("train_teacher", load_config(DIGITS), ("fresh", True))
 
 
 def test_commands_on_a_run(calls, run_folder, capsys):

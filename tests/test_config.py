@@ -153,6 +153,7 @@ CLASHES = {
     ("adversarial.generator_weight=0", "adversarial.discriminator_weight=0", "adversarial.r1.kind=approximate"): (
         "nothing to be penalised"
     ),
+    ("bf16.enabled=true", "adversarial.r1.kind=approximate", "adversarial.r1.std=0.06"): "rounds so small",
     ("distribution_matching.weight=0", "teacher.guidance_scale=2", "teacher.training.label_dropout=0.1"): (
         "guidance acts in the DMD gradient alone"
     ),
@@ -198,6 +199,8 @@ def test_every_combination_of_the_table_is_tested_and_names_real_settings():
         ("adversarial.generator_weight=0",),  # a discriminator that warms up
         ("distribution_matching.weight=0",),  # a GAN alone
         ("adversarial.features=teacher",),
+        ("bf16.enabled=true", "adversarial.r1.kind=approximate", "adversarial.r1.std=0.0625"),  # 8 spacings exactly
+        ("adversarial.r1.kind=approximate", "adversarial.r1.std=0.01"),  # f32
         ("adversarial.features=teacher", "passes=independent", "adversarial.t_range=[0.1, 0.9]"),
         ("adversarial.r1.kind=approximate", "adversarial.r1.interval=4"),
         ("teacher.guidance_scale=2", "teacher.training.label_dropout=0.1"),

@@ -133,7 +133,7 @@ def test_senseless_denoisers_are_refused():
         Denoiser(network(), DDPMSchedule(), "sample", "edm")
     with pytest.raises(ValueError, match="eps"):
         Denoiser(network(), DDPMSchedule(), "eps")
-    with pytest.raises(ValueError, match="up.3"):
+    with pytest.raises(ValueError, match=r"up\.3"):
         network().feature_shape("up.3")
 
 
@@ -189,7 +189,9 @@ def test_weights_of_other_shapes_are_named(tmp_path):
 # ---------------------------------------------------------------------------------------------------- heads
 
 
-@pytest.mark.parametrize(("channels", "size", "strided"), [(1280, 32, 3), (1280, 8, 1), (768, 8, 1), (64, 2, 0), (64, 4, 0)])
+@pytest.mark.parametrize(
+    ("channels", "size", "strided"), [(1280, 32, 3), (1280, 8, 1), (768, 8, 1), (64, 2, 0), (64, 4, 0)]
+)
 def test_head_shapes_are_the_published_ones(channels, size, strided):
     """Counted from the description: 4x4 stride 2 down to 4x4, one convolution over the rest, one projection."""
     with torch.device("meta"):

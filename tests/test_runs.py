@@ -10,7 +10,17 @@ import pytest
 from dmd2_fast import runs
 from dmd2_fast.config import load_config
 from dmd2_fast.errors import RunFolderError
-from dmd2_fast.runs import HARMLESS_KEYS, RunFolder, differences, load_run_config, open_run, read_metrics, write_atomic
+from dmd2_fast.runs import (
+    HARMLESS_KEYS,
+    LOCK_FILE,
+    RunFolder,
+    differences,
+    load_run_config,
+    open_run,
+    read_metrics,
+    replacing,
+    write_atomic,
+)
 
 DIGITS = Path(__file__).parents[1] / "ds_digits.json"
 CONSTANT = ('generator.lr_scheduler={"type": "constant"}', 'fake_score.lr_scheduler={"type": "constant"}')
@@ -32,7 +42,7 @@ def test_a_new_folder_holds_the_whole_config(tmp_path):
     assert not run.resumed
     assert json.loads((run.path / "config.json").read_text()) == config.to_dict()
     assert load_run_config(run.path) == config
-    assert os.listdir(run.path) == ["config.json"]
+    assert sorted(os.listdir(run.path)) == [LOCK_FILE, "config.json"]
 
 
 def test_the_same_config_resumes_on_any_number_of_ranks(tmp_path):
@@ -243,6 +253,22 @@ def test_a_crash_while_pruning_leaves_no_half_checkpoint_that_counts(tmp_path, m
     with pytest.raises(KeyboardInterrupt):
         run.prune_checkpoints(1)
     assert [iteration for iteration, _ in run.list_checkpoints()] == [20]
+
+
+def test_replacing_is_whole_or_not_at_all_and_as_readable_as_the_umask_says(tmp_path):
+    path = tmp_path / "weights"
+    umask = os.umask(0o027)
+    try:
+        with replacing(path) as temporary:
+            temporary.write_text("new")
+            temporary.chmod(0o600)  # as safetensors leaves its files
+        assert path.read_text() == "new" and path.stat().st_mode & 0o777 == 0o640
+        with pytest.raises(KeyError), replacing(path) as temporary:
+            temporary.write_text("half")
+            raise KeyError
+    finally:
+        os.umask(umask)
+    assert path.read_text() == "new" and os.listdir(tmp_path) == ["weights"]
 
 
 def test_grids_are_named_so_that_names_sort(tmp_path):

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from dmd2_fast.data.batch import Batch
+from dmd2_fast.data.images import encode_png
+from dmd2_fast.data.shards import write_shard
 from dmd2_fast.denoiser import Denoiser
 from dmd2_fast.distillation import Algorithm, FakeScore, Networks
 from dmd2_fast.heads import GANHeads
@@ -69,7 +74,10 @@ def split_batch(batch: Batch, parts: int) -> list[Batch]:
     return [
         Batch(x0, {"class_labels": labels}, ids)
         for x0, labels, ids in zip(
-            batch.x0.chunk(parts), batch.condition["class_labels"].chunk(parts), batch.sample_ids.chunk(parts), strict=True
+            batch.x0.chunk(parts),
+            batch.condition["class_labels"].chunk(parts),
+            batch.sample_ids.chunk(parts),
+            strict=True,
         )
     ]
 
@@ -99,3 +107,22 @@ def _merge(into: dict, values: dict) -> None:
             _merge(into[key], value)
         else:
             into[key] = value
+
+
+def write_split(folder: Path, split: str, num: int, *, side: int = 8, classes: int = 10, broken: bool = False) -> None:
+    """A shard of `num` noise images, labelled in turn; `broken`: the last image is cut short."""
+
+    def members() -> Iterator[tuple[str, bytes]]:
+        for i in range(num):
+            pixels = np.random.RandomState(i).randint(0, 256, (side, side), dtype=np.uint8)
+            png = encode_png(pixels)
+            yield f"{i:06d}.png", png[:-20] if broken and i == num - 1 else png
+            yield f"{i:06d}.cls", str(i % classes).encode()
+
+    folder.mkdir(exist_ok=True)
+    write_shard(folder / f"{split}-000000.tar", members())
+
+
+def one_core() -> None:
+    """For a child process: keep to one core. Two threads on busy cores wait for each other more than they work."""
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})

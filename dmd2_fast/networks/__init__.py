@@ -42,7 +42,7 @@ def build_denoiser(settings: dict[str, Any]) -> Denoiser:
             settings["prediction_type"],
             settings["preconditioning"],
         )
-    except (KeyError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"denoiser settings: {error!s}; expected the contents of a {SETTINGS_FILE}") from error
 
 
@@ -65,7 +65,41 @@ def save_denoiser(denoiser: Denoiser, folder: str | os.PathLike) -> None:
     denoiser.network.unet.save_pretrained(folder / "unet")
     temporary = folder / (SETTINGS_FILE + ".tmp")
     temporary.write_text(json.dumps(denoiser_settings(denoiser), indent=2) + "\n")
+    weights_file(folder).chmod(temporary.stat().st_mode)  # safetensors makes its files private
     temporary.replace(folder / SETTINGS_FILE)
+
+
+def read_settings(folder: str | os.PathLike) -> dict[str, Any]:
+    """The settings of a denoiser's folder, for `build_denoiser`; `UserError` when they are missing or unreadable."""
+    folder = Path(folder)
+    try:
+        settings = json.loads((folder / SETTINGS_FILE).read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"model.path: there is no denoiser in {str(folder)!r} (no {SETTINGS_FILE}); "
+            "train one with `dmd2-fast teacher --config ...`, or name a folder that has one"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path: {folder / SETTINGS_FILE} cannot be read: {error}") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"model.path: {folder / SETTINGS_FILE} holds no object {{...}}")
+    return settings
+
+
+def weights_file(folder: str | os.PathLike) -> Path:
+    """Where a denoiser's folder has its weights."""
+    return Path(folder) / "unet" / "diffusion_pytorch_model.safetensors"
+
+
+def weights_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes in a weights file, from its header; `UserError` when it is missing, truncated or damaged."""
+    import safetensors
+
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"model.path: {path} cannot be read: {error}") from error
 
 
 def load_denoiser(folder: str | os.PathLike) -> Denoiser:
@@ -73,18 +107,8 @@ def load_denoiser(folder: str | os.PathLike) -> Denoiser:
     import safetensors
     import safetensors.torch
 
-    folder = Path(folder)
-    try:
-        settings = json.loads((folder / SETTINGS_FILE).read_text())
-    except FileNotFoundError:
-        raise UserError(
-            f"model.path: there is no denoiser in {str(folder)!r} (no {SETTINGS_FILE}); "
-            "train one with `dmd2-fast teacher --config ...`, or name a folder that has one"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.path: {folder / SETTINGS_FILE} cannot be read: {error}") from error
-    denoiser = build_denoiser(settings)
-    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    denoiser = build_denoiser(read_settings(folder))
+    weights = weights_file(folder)
     try:
         load_weights(denoiser.network.unet, safetensors.torch.load_file(weights), str(weights))
     except (OSError, safetensors.SafetensorError) as error:
@@ -92,17 +116,20 @@ def load_denoiser(folder: str | os.PathLike) -> Denoiser:
     return denoiser
 
 
-def load_weights(module: nn.Module, state: dict[str, Any], source: str) -> None:
-    """Load a state dict strictly; `UserError` lists what does not fit."""
-    own = module.state_dict()
-    wrong = [f"{name} is missing" for name in own if name not in state]
-    wrong += [f"{name} is not part of this network" for name in state if name not in own]
+def check_shapes(own: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], source: str) -> None:
+    """`UserError` listing what does not fit between a network's tensors and those of a file."""
+    wrong = [f"{name} is missing" for name in own if name not in found]
+    wrong += [f"{name} is not part of this network" for name in found if name not in own]
     wrong += [
-        f"{name} is {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
-        for name in own
-        if name in state and state[name].shape != own[name].shape
+        f"{name} is {found[name]}, expected {own[name]}" for name in own if name in found and found[name] != own[name]
     ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(f"{source} does not fit the network: {'; '.join(wrong[:3])}{more}")
+
+
+def load_weights(module: nn.Module, state: dict[str, Any], source: str) -> None:
+    """Load a state dict strictly; `UserError` lists what does not fit."""
+    own, found = ({name: tuple(value.shape) for name, value in s.items()} for s in (module.state_dict(), state))
+    check_shapes(own, found, source)
     module.load_state_dict(state)

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
+from ..denoiser import Condition
+
 
 class UNet2D(nn.Module):
     """`forward(x (N, C, H, W), t (N,), condition, ...)` -> (output of the first `decode_rows` rows or None, features).
@@ -55,11 +57,11 @@ class UNet2D(nn.Module):
             raise ValueError(f"levels: this network has no features {level!r}; expected some of {sorted(names)}")
         return names[level]
 
-    def unconditional(self, condition: dict[str, Tensor]) -> dict[str, Tensor]:
+    def unconditional(self, condition: Condition) -> Condition:
         """The condition of the same batch without its class: the last class embedding stands for none."""
         return {"class_labels": torch.full_like(condition["class_labels"], self.null_label)}
 
-    def _embedding(self, t: Tensor, condition: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+    def _embedding(self, t: Tensor, condition: Condition, dtype: torch.dtype) -> Tensor:
         unet = self.unet
         embedding = unet.time_embedding(unet.time_proj(t).to(dtype))
         if unet.class_embedding is not None:
@@ -79,7 +81,7 @@ class UNet2D(nn.Module):
         self,
         x: Tensor,
         t: Tensor,
-        condition: dict[str, Tensor],
+        condition: Condition,
         *,
         decode_rows: int | None = None,
         decode_grad: bool = True,

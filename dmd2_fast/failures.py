@@ -1,0 +1,48 @@
+"""How a rank ends when something is wrong: one message, from rank 0, and no stack trace for what a user can mend."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+from .errors import UserError, write_failure
+from .stopping import EXIT_STOPPED, StopSignals
+
+EXIT_DIVERGED, EXIT_USER_ERROR = 1, 2
+PATIENCE_SECONDS = 20.0
+"""How long a rank waits for the launcher to end it, as it does when another rank has reported."""
+_LOST_PEER = ("closed by peer", "reset by peer", "pair closure", "Broken pipe", "remote process exited")
+
+
+class DivergedError(RuntimeError):
+    """The run met non-finite gradients too many times in a row."""
+
+
+def message_of(error: BaseException) -> str | None:
+    """What to tell the user; None where the stack trace is wanted."""
+    return str(error) if isinstance(error, (UserError, DivergedError)) else write_failure(error)
+
+
+def exit_code(error: BaseException, stop: StopSignals) -> int | None:
+    """Report an error and return the exit code, or None to let the error itself through with its stack trace.
+
+    Most errors meet every rank: rank 0 reports and leaves, and the launcher ends the others. What another rank alone
+    met, it reports itself when nobody has ended it for a while; so does one whose collective broke because a rank left.
+    """
+    message, rank = message_of(error), os.environ.get("RANK", "0")
+    code = EXIT_DIVERGED if isinstance(error, DivergedError) else EXIT_USER_ERROR
+    if message is not None and rank == "0":
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        return code
+    lost_peer = isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST_PEER)
+    if message is None and not lost_peer:
+        return None
+    if stop.requested:  # the launcher has asked this rank to end already
+        return code if message is not None else EXIT_STOPPED
+    stop.default()
+    time.sleep(PATIENCE_SECONDS)
+    if message is None:
+        return None
+    print(f"error on rank {rank}: {message}", file=sys.stderr, flush=True)
+    return code

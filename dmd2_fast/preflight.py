@@ -1,0 +1,70 @@
+"""What can be found wrong with a run's inputs before any rank meets another: the teacher, the data, and their fit.
+
+Every rank checks for itself and finds the same. No weights are read and no network is filled: the teacher is built on
+the meta device, and its file is asked for names and shapes. Large data are only looked for; the loader checks them.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from .config import Config
+from .data.dataset import open_dataset
+from .data.loader import choose_loader
+from .data.shards import find_shards
+from .denoiser import Denoiser
+from .errors import ConfigError
+from .networks import build_denoiser, check_shapes, read_settings, weights_file, weights_shapes
+
+SMALL_BYTES = 32 << 20
+"""Shards up to this size in all are read through; more are left to the loader, which must read their headers anyway."""
+
+
+def check_inputs(config: Config) -> None:
+    """Refuse, with a UserError, a run that cannot work with this teacher and these data."""
+    teacher = _check_teacher(config)
+    choose_loader(config.data.loader)
+    for split in ("train", "test"):
+        if split == "test" and not any(Path(config.data.path).glob("test-*.tar")):
+            continue  # such a run is not evaluated
+        _check_split(config, teacher, split)
+
+
+def _check_teacher(config: Config) -> Denoiser:
+    with torch.device("meta"):
+        teacher = build_denoiser(read_settings(config.model.path))
+    path = weights_file(config.model.path)
+    own = {name: tuple(value.shape) for name, value in teacher.network.unet.state_dict().items()}
+    check_shapes(own, weights_shapes(path), str(path))
+    try:
+        teacher.schedule.steps(config.generator.steps)
+    except ValueError as error:
+        raise ConfigError(f"generator.steps do not fit the schedule of {config.model.path}: {error}") from None
+    if teacher.network.null_label is None:
+        raise ConfigError(f"model.path: the network of {config.model.path} takes no class: expected num_class_embeds.")
+    return teacher
+
+
+def _check_split(config: Config, teacher: Denoiser, split: str) -> None:
+    folder = Path(config.data.path)
+    if sum(os.stat(shard).st_size for shard in find_shards(folder, split)) > SMALL_BYTES:
+        return
+    dataset = open_dataset(config.data.kind, folder, split)
+    try:
+        shape, num_classes = tuple(dataset.image_shape), int(dataset.labels.max()) + 1
+    finally:
+        dataset.close()
+    expected, known = teacher.network.image_shape, teacher.network.null_label
+    if shape != expected:
+        raise ConfigError(
+            f"data.path: {folder} holds {split} images of (channels, height, width) {shape}, and the teacher in "
+            f"{config.model.path} takes {expected}: name other data, or another teacher."
+        )
+    if num_classes > known:
+        raise ConfigError(
+            f"data.path: {folder} holds {split} labels up to {num_classes - 1}, and the teacher in {config.model.path} "
+            f"knows {known} classes (num_class_embeds {known + 1}, the last for none)."
+        )
