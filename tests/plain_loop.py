@@ -1,0 +1,187 @@
+"""The training run as one plain PyTorch process: plain modules, torch's AdamW, clipping and schedules written out here.
+
+What the trainer on DeepSpeed is compared with. It shares the losses (dmd2_fast.distillation, which test_distillation.py
+compares with the paper's formulas) and the random numbers; engines, data order, optimizers, clipping, learning rates,
+the average and the update counters are its own.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from data_oracle import make_folder, random_pixels
+from tiny import tiny_config, tiny_denoiser
+
+from dmd2_fast.config import Config, load_config
+from dmd2_fast.data import read_all
+from dmd2_fast.data.batch import Batch
+from dmd2_fast.distillation import Algorithm, FakeScore, Networks, fake_score_loss, generate, generator_loss
+from dmd2_fast.heads import GANHeads
+from dmd2_fast.networks import load_denoiser, save_denoiser
+from dmd2_fast.random import NoiseKey, philox_uniform
+
+NUM_IMAGES = 44  # five and a half batches of 8: an epoch ends inside a batch
+
+
+@dataclass
+class Trace:
+    """What a run did. `gradients` and `weights`: network -> name -> tensor; `losses`: one dict an iteration."""
+
+    losses: list[dict[str, float]] = field(default_factory=list)
+    gradients: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    """of the first update, before clipping"""
+    weights: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    """at the end: generator, fake_score, and ema where there is one"""
+    start: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    updates: dict[str, list[int]] = field(default_factory=lambda: {"generator": [], "fake_score": []})
+
+
+def prepare(folder: Path, schedule: str = "karras", prediction_type: str = "sample") -> None:
+    """Data and a random teacher for tiny_config(folder)."""
+    make_folder(folder / "data", random_pixels(NUM_IMAGES), samples_per_shard=20)
+    save_denoiser(tiny_denoiser(3, schedule, prediction_type), folder / "teacher")
+
+
+def write_config(
+    folder: Path, name: str, world_size: int, deepspeed: dict | None = None, **section
+) -> tuple[Path, Config]:
+    """The file folder/NAME.json for a run in folder/NAME, and the configuration in it."""
+    values = tiny_config(folder, **section)
+    values["dmd2_fast"]["run"]["folder"] = str(folder / name)
+    for key, value in (deepspeed or {}).items():
+        values[key] = value
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(values))
+    return path, load_config(path, (), world_size)
+
+
+def global_batch(images: torch.Tensor, labels: torch.Tensor, size: int, iteration: int, seed: int) -> Batch:
+    """Sample by sample from the definition: position p reads entry p mod n of the permutation of epoch p // n."""
+    n, orders, indices = len(images), {}, []
+    for position in range(iteration * size, (iteration + 1) * size):
+        epoch = position // n
+        if epoch not in orders:
+            u = philox_uniform(torch.arange(n), (1,), NoiseKey(seed, step=epoch, stream=0))[:, 0].tolist()
+            orders[epoch] = sorted(range(n), key=u.__getitem__)
+        indices.append(orders[epoch][position % n])
+    return Batch(images[indices], {"class_labels": labels[indices]}, torch.arange(size))
+
+
+def rate(settings, iteration: int, iterations: int) -> float:
+    """Linear warm-up over the first w iterations, then constant, or half a cosine down to final_ratio."""
+    schedule, peak = settings.lr_scheduler, settings.optimizer.lr
+    w = schedule.warmup_iterations
+    if iteration < w:
+        return peak * (iteration + 1) / w
+    if schedule.type == "constant":
+        return peak
+    low = peak * schedule.final_ratio
+    return low + (peak - low) * (1 + math.cos(math.pi * (iteration - w) / (iterations - w))) / 2
+
+
+class _Updated:
+    """A trained network, its optimizer and its settings."""
+
+    def __init__(self, name: str, module: torch.nn.Module, settings):
+        self.name, self.module, self.settings = name, module, settings
+        optimizer = settings.optimizer
+        self.optimizer = torch.optim.AdamW(
+            module.parameters(), lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay, foreach=False,
+        )  # fmt: skip
+
+    def update(self, loss: torch.Tensor, lr: float, trace: Trace, skip: bool) -> float:
+        parameters = dict(self.module.named_parameters())
+        gradients = dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
+        trace.gradients.setdefault(self.name, {name: value.clone() for name, value in gradients.items()})
+        norm = math.sqrt(sum(float(value.double().pow(2).sum()) for value in gradients.values()))
+        limit = self.settings.gradient_clipping
+        scale = min(1.0, limit / norm) if limit else 1.0
+        for name, parameter in parameters.items():
+            parameter.grad = gradients[name] * scale
+        self.optimizer.param_groups[0]["lr"] = lr
+        if not skip:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+
+def plain_run(config: Config, iterations: int, skip: set[tuple[str, int]] = frozenset()) -> Trace:
+    """Iterations on the global batch; `skip` holds the updates, (network, iteration), that are not taken."""
+    algorithm, trace = Algorithm.from_config(config), Trace()
+    generator, fake, teacher = (load_denoiser(config.model.path).eval() for _ in range(3))
+    heads = None
+    if algorithm.adversarial:
+        torch.manual_seed(config.run.seed)
+        heads = GANHeads(tuple(teacher.network.feature_shape(level) for level in algorithm.levels))
+    fake_score = FakeScore(fake, heads, algorithm.own_levels)
+    teacher.requires_grad_(False)
+    networks = Networks(
+        generator, fake_score, teacher, teacher.schedule, teacher.prediction_type, teacher.unconditional
+    )
+    updated = {"generator": _Updated("generator", generator, config.generator)}
+    updated["fake_score"] = _Updated("fake_score", fake_score, config.fake_score)
+    average = copy.deepcopy(generator.state_dict())
+    trace.start = {name: copy.deepcopy(item.module.state_dict()) for name, item in updated.items()}
+    images, labels = read_all(config.data.path)
+
+    for i in range(iterations):
+        batch = global_batch(images, labels, config.global_batch_size, i, config.run.seed)
+        key, record = NoiseKey(config.run.seed, step=i), {}
+
+        def step(name, loss, i=i, record=record):
+            lr = rate(updated[name].settings, i, config.run.iterations)
+            record[f"{name}/lr"] = lr
+            norm = updated[name].update(loss, lr, trace, (name, i) in skip)
+            if (name, i) not in skip:
+                record[f"{name}/grad_norm"] = norm
+                trace.updates[name].append(i)
+
+        if i % config.fake_score.ttur_ratio == 0:
+            fake_score.requires_grad_(False)
+            loss, x, metrics = generator_loss(networks, algorithm, batch, key)
+            record |= {name: float(value) for name, value in metrics.items()}
+            step("generator", loss)
+            fake_score.requires_grad_(True)
+            if config.generator.ema is not None and ("generator", i) not in skip:
+                for name, value in generator.state_dict().items():
+                    average[name] = config.generator.ema * average[name] + (1 - config.generator.ema) * value
+        else:
+            with torch.no_grad():
+                x = generate(networks, algorithm, batch, key)
+        loss, metrics = fake_score_loss(networks, algorithm, batch, x, key)
+        record |= {name: float(value) for name, value in metrics.items()}
+        step("fake_score", loss)
+        trace.losses.append(record)
+    trace.weights = {name: copy.deepcopy(item.module.state_dict()) for name, item in updated.items()}
+    if config.generator.ema is not None:
+        trace.weights["ema"] = average
+    return trace
+
+
+def relative(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """Norm of the difference over the norm, over all tensors; infinite where the names differ."""
+    if got.keys() != expected.keys():
+        return math.inf
+    difference = sum(float((got[name].double() - value.double()).pow(2).sum()) for name, value in expected.items())
+    return math.sqrt(difference / sum(float(value.double().pow(2).sum()) for value in expected.values()))
+
+
+def moved(weights: dict[str, torch.Tensor], start: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value - start[name] for name, value in weights.items()}
+
+
+def worst_loss(got: list[dict], expected: list[dict]) -> float:
+    """The largest relative difference of any loss, norm or logit over the iterations; infinite where one is missing."""
+    worst = 0.0
+    for mine, theirs in zip(got, expected, strict=True):
+        for name, value in theirs.items():
+            if name not in mine:
+                return math.inf
+            worst = max(worst, abs(mine[name] - value) / max(abs(value), 1e-2))
+    return worst
