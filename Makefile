@@ -32,6 +32,8 @@ train: setup
 	$(BIN)/deepspeed --num_accelerators $(RANKS) train.py --config $(CONFIG)
 
 results: setup
+	$(BIN)/dmd2-fast prepare --digits --config $(CONFIG)
+	$(BIN)/dmd2-fast teacher --config $(CONFIG)
 	$(BIN)/python -m dmd2_fast.results
 
 lint: setup
