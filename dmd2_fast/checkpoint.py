@@ -15,9 +15,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from .engine import Engines, Rank, ShardedEMA, raise_together
+from .engine import Engines, ShardedEMA
 from .errors import RunFolderError
 from .meters import Metrics
+from .ranks import Rank, raise_together
 from .runs import RunFolder, replacing
 
 STATE_FILE = "trainer.json"
@@ -63,14 +64,14 @@ def save_checkpoint(
     dist.barrier()
 
 
-def read_state(folder: Path, world_size: int) -> dict[str, Any]:
-    """The counters of a checkpoint; `RunFolderError` when it is unreadable or of another number of ranks."""
+def read_state(folder: Path, world_size: int | None = None) -> dict[str, Any]:
+    """The counters of a checkpoint; `RunFolderError` when unreadable, or not of `world_size` ranks (None: any)."""
     try:
         state = json.loads((folder / STATE_FILE).read_text())
         saved, *_ = [state[name] for name in ("world_size", "iteration", "skipped", "generator_updates", "seconds")]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunFolderError(f"checkpoint {folder}: {STATE_FILE} cannot be read: {error}. {_remedy(folder)}") from error
-    if saved != world_size:
+    if world_size is not None and saved != world_size:
         raise RunFolderError(
             f"checkpoint {folder} was written by {saved} rank(s) and this run has {world_size}: optimizer states are "
             f"sharded by rank. Resume with {saved} rank(s), or start anew with --fresh"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 from dmd2_fast.errors import UserError, write_failure
@@ -134,6 +136,28 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="override one setting, as in run.iterations=500; the value is JSON, or else text (repeatable)",
     )
+
+
+def parse_training_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line of train.py; usage and help come from rank 0 alone."""
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        description="Distil a diffusion model with DMD2.",
+        epilog="example: deepspeed train.py --config ds_digits.json --set run.iterations=500",
+    )
+    add_config_arguments(parser)
+    parser.add_argument("--fresh", action="store_true", help="move an existing run folder aside and start anew")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher appends it
+    if os.environ.get("RANK", "0") == "0":
+        return parser.parse_args(argv)
+    text = io.StringIO()
+    try:
+        with redirect_stderr(text), redirect_stdout(text):
+            return parser.parse_args(argv)
+    except SystemExit as end:
+        if end.code:
+            raise UserError(text.getvalue()) from None  # which rank 0 has said
+        raise
 
 
 def _add_run_argument(parser: argparse.ArgumentParser) -> None:

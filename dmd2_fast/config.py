@@ -107,6 +107,11 @@ def _rounded_away(config: Config) -> bool:
     return bf16 and r1.kind == "approximate" and r1.std < R1_SPACINGS * BF16_SPACING
 
 
+def _leaves_by_module(config: Config) -> bool:
+    leaves = config.deepspeed.get("zero_optimization", {}).get("leaf_module")
+    return bool(leaves) and config.run.gather == "module"
+
+
 _OFF = "adversarial.discriminator_weight is 0, so the GAN head is never trained"
 
 COMBINATIONS: tuple[Combination, ...] = (
@@ -195,6 +200,12 @@ COMBINATIONS: tuple[Combination, ...] = (
         ("adversarial.t_range",),
         lambda c: _not_decreasing(c.adversarial.t_range[::-1]),
         "the range is empty: expected [low, high] with low < high",
+    ),
+    Combination(
+        ("run.gather",),
+        _leaves_by_module,
+        "zero_optimization.leaf_module makes ZeRO-3 gather whole blocks, and it frees them before the backward through "
+        'the frozen fake score needs them: set run.gather "network", or leave leaf_module out',
     ),
     Combination(
         ("run.folder", "model.path", "data.path"),

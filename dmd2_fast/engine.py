@@ -10,11 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import datetime
-import os
-import socket
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,58 +20,7 @@ from torch import Tensor, nn
 from .config import Config, OptimizerConfig
 from .denoiser import Denoiser
 from .distillation import FakeScore, Networks
-from .errors import UserError
 from .optimization import make_optimizer
-
-COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
-
-
-@dataclass(frozen=True)
-class Rank:
-    """This process's place: global rank, number of ranks, its device."""
-
-    rank: int
-    world_size: int
-    device: torch.device
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-
-def world_size_from_environment() -> int:
-    """Ranks that the launcher started, before anything is initialised."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def init_distributed() -> Rank:
-    """Join the process group that the launcher describes, or make one of a single rank (`python train.py`)."""
-    import deepspeed
-
-    # Without this the first start compiles a shared-memory collective for minutes on CPU.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
-        device = torch.device("cuda", local_rank)
-    else:
-        device = torch.device("cpu")
-        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world_size_from_environment()))
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, available_cores() // local_ranks))
-    if not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        deepspeed.init_distributed(backend, timeout=COLLECTIVE_TIMEOUT, verbose=False)
-    return Rank(dist.get_rank(), dist.get_world_size(), device)
-
-
-def available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _engine_config(config: Config, gradient_clipping: float) -> dict:
@@ -287,31 +232,3 @@ def full_state_dict(engine: Any) -> dict[str, Tensor]:
 def _own_copy(whole: Tensor) -> Tensor:
     """f32 on the CPU; never a view of weights that go on changing, as a single rank's shards are."""
     return whole.to("cpu", torch.float32, copy=True)
-
-
-def reduce_mean(values: Tensor) -> Tensor:
-    """Mean over ranks, in place."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(values)
-        values /= dist.get_world_size()
-    return values
-
-
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether any rank raised the flag. Collective; a host read."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return flag
-    value = torch.tensor([float(flag)], device=device)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return bool(value.item())
-
-
-def raise_together(error: UserError | None, rank: Rank) -> None:
-    """Raise on every rank what any rank met, so that none is left waiting in a collective. Collective."""
-    messages: list[str | None] = [None if error is None else str(error)]
-    if rank.world_size > 1:
-        messages = [None] * rank.world_size
-        dist.all_gather_object(messages, None if error is None else str(error))
-    found = list(dict.fromkeys(message for message in messages if message is not None))
-    if found:
-        raise UserError("; ".join(found)) from error

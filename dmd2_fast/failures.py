@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -17,6 +18,20 @@ _LOST_PEER = ("closed by peer", "reset by peer", "pair closure", "Broken pipe", 
 
 class DivergedError(RuntimeError):
     """The run met non-finite gradients too many times in a row."""
+
+
+def diagnosis(network: str, iteration: int, num_in_a_row: int, num_skipped: int, means: dict[str, float]) -> str:
+    """What to tell about a run that stopped, from the means of its metrics since the last log line."""
+    broken = sorted(name for name, value in means.items() if not math.isfinite(value))
+    return (
+        f"stopped at iteration {iteration}: {num_in_a_row} updates in a row of the {network} met a non-finite loss or "
+        f"gradient and were skipped ({num_skipped} in all).\n"
+        f"not finite since the last log line: {', '.join(broken) or 'no loss, only gradients'}.\n"
+        f"means since the last log line: {means}\n"
+        "The state is saved; the weights are those before the first skipped update. What helps: a lower learning "
+        "rate or gradient_clipping, a smaller adversarial.generator_weight, a larger fake_score.ttur_ratio; "
+        "look at metrics.jsonl for what grew before."
+    )
 
 
 def message_of(error: BaseException) -> str | None:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from .engine import reduce_mean
+from .ranks import reduce_mean
 
 
 class Clock:

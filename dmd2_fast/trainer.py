@@ -6,17 +6,14 @@ generator (R = `fake_score.ttur_ratio`), every iteration the fake score. Metrics
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import io
-import logging
 import os
+import shlex
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext, redirect_stderr, redirect_stdout
-from typing import Any, TypeVar
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,28 +21,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .checkpoint import load_checkpoint, read_state, save_checkpoint
-from .cli import add_config_arguments
+from .cli import parse_training_arguments
 from .config import Config, load_config
 from .config_deepspeed import validate_with_deepspeed
 from .data import make_loader
 from .data.batch import Batch
+from .dispatch import backends
 from .distillation import Algorithm, FakeScore, fake_score_loss, generate, generator_loss
-from .engine import (
-    Engines,
-    Rank,
-    ShardedEMA,
-    any_rank,
-    full_state_dict,
-    init_distributed,
-    poison_if_not_finite,
-    raise_together,
-    step_was_skipped,
-    world_size_from_environment,
-)
+from .engine import Engines, ShardedEMA, full_state_dict, poison_if_not_finite, step_was_skipped
 from .errors import ConfigError, UserError
 from .evaluation import evaluate_run, has_test_split, load_reference
 from .export import FewStepGenerator, cycling_labels, num_classes, save_generator
-from .failures import DivergedError, exit_code
+from .failures import DivergedError, diagnosis, exit_code
 from .grids import save_grid
 from .heads import GANHeads
 from .meters import Clock, Metrics
@@ -53,31 +40,21 @@ from .networks import load_denoiser
 from .optimization import learning_rate, set_learning_rate
 from .preflight import check_inputs
 from .random import NoiseKey
+from .ranks import (
+    Rank,
+    any_rank,
+    init_distributed,
+    on_main,
+    quiet_libraries,
+    raise_together,
+    world_size_from_environment,
+)
 from .runs import RunFolder, inspect_run, open_run, write_atomic
 from .stopping import EXIT_STOPPED, StopRequested, StopSignals, watch_launchers
 
 MAX_SKIPS_IN_A_ROW = 20
 QUICK_SAMPLES = 500
 GRID_ROWS = 8
-
-T = TypeVar("T")
-logger = logging.getLogger("dmd2_fast")
-
-
-def on_main(rank: Rank, action: Callable[[], T]) -> T | None:
-    """Run an action on rank 0 alone; a `UserError` it raises is raised on every rank, so that none is left waiting."""
-    result: T | None = None
-    message: list[str | None] = [None]
-    if rank.is_main:
-        try:
-            result = action()
-        except UserError as error:
-            message = [str(error)]
-    if rank.world_size > 1:
-        dist.broadcast_object_list(message)
-    if message[0] is not None:
-        raise UserError(message[0])
-    return result
 
 
 class Trainer:
@@ -169,6 +146,20 @@ class Trainer:
         from torch.utils.tensorboard import SummaryWriter
 
         return SummaryWriter(str(self.run.path / "tensorboard"), purge_step=self.iteration + 1)
+
+    def description(self) -> str:
+        """One line on what is about to run: the global batch, who reads the data, what each operator runs on."""
+        config, device = self.config, self.rank.device
+        on: dict[str, list[str]] = {}
+        for name, choices in backends().items():
+            if not name.endswith(("_backward", "_out")):
+                on.setdefault(choices[device.type].backend, []).append(name)
+        operators = "; ".join(f"{backend}: {', '.join(names)}" for backend, names in sorted(on.items()))
+        return (
+            f"global batch {config.global_batch_size} = {config.micro_batch_size} a forward x "
+            f"{config.gradient_accumulation_steps} accumulated x {self.rank.world_size} rank(s) on {device.type}, "
+            f"data by the {self.loader.name} loader; operators on {operators}"
+        )
 
     def close(self) -> None:
         self.loader.close()
@@ -274,16 +265,7 @@ class Trainer:
         last = self.metrics.read()
         self.iteration += 1
         self.save()
-        broken = sorted(key for key, value in last.items() if value != value or abs(value) == float("inf"))
-        text = (
-            f"stopped at iteration {self.iteration}: {MAX_SKIPS_IN_A_ROW} updates in a row of the {name} met a "
-            f"non-finite loss or gradient and were skipped ({self.skipped[name]} in all).\n"
-            f"not finite since the last log line: {', '.join(broken) or 'no loss, only gradients'}.\n"
-            f"means since the last log line: {last}\n"
-            "The state is saved; the weights are those before the first skipped update. What helps: a lower learning "
-            "rate or gradient_clipping, a smaller adversarial.generator_weight, a larger fake_score.ttur_ratio; "
-            "look at metrics.jsonl for what grew before."
-        )
+        text = diagnosis(name, self.iteration, MAX_SKIPS_IN_A_ROW, self.skipped[name], last)
         if self.rank.is_main:
             write_atomic(self.run.path / "diagnosis.txt", text + "\n")
         raise DivergedError(text)
@@ -351,19 +333,13 @@ class Trainer:
             )  # fmt: skip
 
 
-def quiet_libraries() -> None:
-    """Keep DeepSpeed's start-up chatter out of the terminal; warnings stay."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # DeepSpeed 0.19 calls collectives by the names that torch 2.13 has given up.
-    warnings.filterwarnings("ignore", r".torch\.distributed\..* is deprecated", FutureWarning)
-
-
 def finish(run: RunFolder, config: Config, seconds: float) -> None:
     """Evaluate, write the report and print the table. One process."""
     from .report import format_table, write_report
 
     if has_test_split(config):
-        command = f"deepspeed train.py {' '.join(sys.argv[1:])}".strip()
+        typed = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]  # which the launcher appends
+        command = shlex.join(["deepspeed", "train.py", *typed])
         print("\n" + format_table(evaluate_run(run.path, command=command, time={"distil": seconds})))
     write_report(run.path)
     print(f"\n{run.path / 'report.html'}")
@@ -401,12 +377,14 @@ def _train(config: Config, run: RunFolder, rank: Rank, stop: StopSignals) -> int
     if (run.path / "generator.safetensors").exists() and latest is not None and latest[0] >= config.run.iterations:
         if rank.is_main:
             print(f"{run.path} is trained already ({latest[0]} iterations); --fresh starts anew")
-        finished, seconds = True, read_state(latest[1], rank.world_size)["seconds"]
+        finished, seconds = True, read_state(latest[1])["seconds"]
     else:
         with stop.at_once(rank.world_size == 1):
             trainer = Trainer(config, run, rank)
         if any_rank(stop.requested, rank.device):
             raise StopRequested
+        if rank.is_main:
+            print(trainer.description())
         stop.tell(lambda: setattr(trainer, "stop_requested", True))
         finished = trainer.train()
         if finished:
@@ -425,33 +403,11 @@ def _train(config: Config, run: RunFolder, rank: Rank, stop: StopSignals) -> int
     return 0
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line of train.py; usage and help come from rank 0 alone."""
-    parser = argparse.ArgumentParser(
-        prog="train.py",
-        description="Distil a diffusion model with DMD2.",
-        epilog="example: deepspeed train.py --config ds_digits.json --set run.iterations=500",
-    )
-    add_config_arguments(parser)
-    parser.add_argument("--fresh", action="store_true", help="move an existing run folder aside and start anew")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher appends it
-    if os.environ.get("RANK", "0") == "0":
-        return parser.parse_args(argv)
-    text = io.StringIO()
-    try:
-        with redirect_stderr(text), redirect_stdout(text):
-            return parser.parse_args(argv)
-    except SystemExit as end:
-        if end.code:
-            raise UserError(text.getvalue()) from None  # which rank 0 has said
-        raise
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Exit codes: 0 done, 1 diverged (state saved), 2 bad input, 143 stopped by a signal (saved)."""
     stop, is_main = StopSignals(), os.environ.get("RANK", "0") == "0"
     try:
-        args = parse_arguments(argv)
+        args = parse_training_arguments(argv)
         world_size = world_size_from_environment()
         config = load_config(args.config, args.set, world_size)
         validate_with_deepspeed(config.deepspeed, world_size)

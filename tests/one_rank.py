@@ -11,9 +11,9 @@ from unittest import mock
 import torch
 from plain_loop import write_config
 
-from dmd2_fast.engine import Rank, init_distributed
+from dmd2_fast.ranks import Rank, init_distributed, quiet_libraries
 from dmd2_fast.runs import RunFolder, open_run
-from dmd2_fast.trainer import Trainer, quiet_libraries
+from dmd2_fast.trainer import Trainer
 
 RATES = {"lr_scheduler": {"type": "cosine", "params": {"warmup_iterations": 2}}}
 OPTIMIZER = {"optimizer": {"params": {"lr": 1e-3, "eps": 1e-5}}}

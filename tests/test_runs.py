@@ -57,9 +57,9 @@ def test_another_config_is_refused_with_every_difference(tmp_path):
     message = refusal(
         make_config(tmp_path / "r", "generator.ema=0.5", "adversarial.r1.kind=approximate", "generator.steps=[3, 1]")
     )
-    assert "dmd2_fast.generator.ema: 0.99 -> 0.5" in message
+    assert "dmd2_fast.generator.ema: 0.985 -> 0.5" in message
     assert 'dmd2_fast.adversarial.r1.kind: "none" -> "approximate"' in message
-    assert "dmd2_fast.generator.steps: [5.0, 2.0, 0.8, 0.3] -> [3.0, 1.0]" in message
+    assert "dmd2_fast.generator.steps: [5.0, 1.6, 0.6, 0.2] -> [3.0, 1.0]" in message
     assert message.count("->") == 3 and "--fresh" in message
     message = refusal(make_config(tmp_path / "r", "bf16.enabled=true", "zero_optimization.stage3_max_reuse_distance=5"))
     assert "bf16.enabled: (absent) -> true" in message and "stage3_max_reuse_distance: 0 -> 5" in message

@@ -13,14 +13,14 @@ from torch.testing import assert_close
 
 import dmd2_fast.trainer as trainer_module
 from dmd2_fast.data import dali_installed
-from dmd2_fast.engine import Rank, WholeNetwork, frozen, full_state_dict, poison_if_not_finite
+from dmd2_fast.engine import WholeNetwork, frozen, full_state_dict, poison_if_not_finite
 from dmd2_fast.errors import UserError
 from dmd2_fast.export import SAMPLING_STEP, load_generator
 from dmd2_fast.meters import Metrics
 from dmd2_fast.random import NoiseKey
+from dmd2_fast.ranks import Rank, on_main
 from dmd2_fast.rollout import sample
 from dmd2_fast.runs import read_metrics
-from dmd2_fast.trainer import on_main
 
 
 @pytest.fixture(scope="module")

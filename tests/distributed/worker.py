@@ -20,11 +20,12 @@ from plain_loop import write_config
 import dmd2_fast.failures
 import dmd2_fast.trainer as trainer_module
 from dmd2_fast.config import load_config
-from dmd2_fast.engine import Engines, full_state_dict, init_distributed
+from dmd2_fast.engine import Engines, full_state_dict
 from dmd2_fast.errors import DataError
 from dmd2_fast.export import FewStepGenerator
+from dmd2_fast.ranks import init_distributed, on_main, quiet_libraries
 from dmd2_fast.runs import RunFolder, open_run, read_metrics
-from dmd2_fast.trainer import Trainer, main, on_main, quiet_libraries
+from dmd2_fast.trainer import Trainer, main
 
 
 def make_trainer(config, rank) -> Trainer:

@@ -1,0 +1,121 @@
+"""This process among the ranks: joining them, and the small collectives by which all of them go the same way."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import socket
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .errors import UserError
+
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Rank:
+    """This process's place: global rank, number of ranks, its device."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def world_size_from_environment() -> int:
+    """Ranks that the launcher started, before anything is initialised."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def init_distributed() -> Rank:
+    """Join the process group that the launcher describes, or make one of a single rank (`python train.py`)."""
+    import deepspeed
+
+    # Without this the first start compiles a shared-memory collective for minutes on CPU.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+        device = torch.device("cuda", local_rank)
+    else:
+        device = torch.device("cpu")
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world_size_from_environment()))
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, available_cores() // local_ranks))
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        deepspeed.init_distributed(backend, timeout=COLLECTIVE_TIMEOUT, verbose=False)
+    return Rank(dist.get_rank(), dist.get_world_size(), device)
+
+
+def available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def quiet_libraries() -> None:
+    """Keep DeepSpeed's start-up chatter out of the terminal; warnings stay."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed 0.19 calls collectives by the names that torch 2.13 has given up.
+    warnings.filterwarnings("ignore", r".torch\.distributed\..* is deprecated", FutureWarning)
+
+
+def reduce_mean(values: Tensor) -> Tensor:
+    """Mean over ranks, in place."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    return values
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether any rank raised the flag. Collective; a host read."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return flag
+    value = torch.tensor([float(flag)], device=device)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value.item())
+
+
+def raise_together(error: UserError | None, rank: Rank) -> None:
+    """Raise on every rank what any rank met, so that none is left waiting in a collective. Collective."""
+    messages: list[str | None] = [None if error is None else str(error)]
+    if rank.world_size > 1:
+        messages = [None] * rank.world_size
+        dist.all_gather_object(messages, None if error is None else str(error))
+    found = list(dict.fromkeys(message for message in messages if message is not None))
+    if found:
+        raise UserError("; ".join(found)) from error
+
+
+def on_main(rank: Rank, action: Callable[[], T]) -> T | None:
+    """Run an action on rank 0 alone; a `UserError` it raises is raised on every rank, so that none is left waiting."""
+    result: T | None = None
+    message: list[str | None] = [None]
+    if rank.is_main:
+        try:
+            result = action()
+        except UserError as error:
+            message = [str(error)]
+    if rank.world_size > 1:
+        dist.broadcast_object_list(message)
+    if message[0] is not None:
+        raise UserError(message[0])
+    return result
