@@ -28,10 +28,9 @@ from .export import BATCH_SIZE, SAMPLING_STEP, FewStepGenerator, cycling_labels,
 from .grids import save_grid, save_samples
 from .metrics import Reference
 from .networks import load_denoiser
-from .random import NoiseKey, Stream, philox_normal
-from .rollout import guided, karras_steps, sample_ode
+from .random import NoiseKey
+from .rollout import denoiser_of, initial_noise, sample_ode
 from .runs import load_run_config, write_json
-from .schedules import KarrasSchedule
 
 TEACHER_ROWS = ((35, True), (8, False), (4, False), (1, False))
 """(evaluations, Heun?): 18 Heun steps, the last one Euler, are 35 evaluations."""
@@ -52,16 +51,14 @@ def load_reference(config: Config) -> Reference:
 def sample_teacher(
     teacher: Denoiser, class_labels: Tensor, evaluations: int, *, heun: bool, guidance_scale: float = 1.0, seed: int = 0
 ) -> Tensor:
-    """Images (N, C, H, W) f32 in [-1, 1] of an EDM teacher by the probability-flow ODE, from sigma_max down to 0."""
-    assert isinstance(teacher.schedule, KarrasSchedule)
+    """Images (N, C, H, W) f32 in [-1, 1] of a teacher by the probability-flow ODE, from pure noise down to 0."""
     device = next(teacher.parameters()).device
-    num_steps = (evaluations + 1) // 2 if heun else evaluations
-    sigmas = karras_steps(teacher.schedule, num_steps).to(device)
-    predict, key = guided(teacher, guidance_scale), NoiseKey(seed, step=SAMPLING_STEP, stream=Stream.GENERATOR_INPUT)
+    times = teacher.schedule.sampling_times((evaluations + 1) // 2 if heun else evaluations).to(device)
+    denoise, key = denoiser_of(teacher, guidance_scale), NoiseKey(seed, step=SAMPLING_STEP)
     ids, parts = torch.arange(len(class_labels), device=device), []
     for labels, part in zip(class_labels.to(device).split(BATCH_SIZE), ids.split(BATCH_SIZE), strict=True):
-        x = sigmas[0] * philox_normal(part, teacher.network.image_shape, key, torch.float32)
-        parts.append(sample_ode(predict, sigmas, x, {"class_labels": labels}, heun=heun))
+        x = initial_noise(teacher.schedule, times, part, teacher.network.image_shape, key)
+        parts.append(sample_ode(denoise, teacher.schedule, times, x, {"class_labels": labels}, heun=heun))
     return torch.cat(parts).clamp(-1, 1).cpu()
 
 
@@ -74,10 +71,9 @@ class _Row:
 
 def _rows(config: Config, teacher: Denoiser, generator: FewStepGenerator) -> list[_Row]:
     rows, seed, scale = [], config.run.seed, config.teacher.guidance_scale
-    if isinstance(teacher.schedule, KarrasSchedule) and teacher.prediction_type == "sample":
-        for evaluations, heun in TEACHER_ROWS:
-            options: dict[str, Any] = {"evaluations": evaluations, "heun": heun, "guidance_scale": scale, "seed": seed}
-            rows.append(_Row("teacher", evaluations, partial(sample_teacher, teacher, **options)))
+    for evaluations, heun in TEACHER_ROWS:
+        options: dict[str, Any] = {"evaluations": evaluations, "heun": heun, "guidance_scale": scale, "seed": seed}
+        rows.append(_Row("teacher", evaluations, partial(sample_teacher, teacher, **options)))
     undistilled = FewStepGenerator(teacher, generator.steps)
     num_steps = len(generator.steps)
     rows.append(_Row("undistilled", num_steps, lambda labels: undistilled.sample(labels, seed=seed)))

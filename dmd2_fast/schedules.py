@@ -27,11 +27,15 @@ def _ddpm_table(beta_start: float, beta_end: float) -> Tensor:
     return torch.cumprod(1 - betas, 0)
 
 
+def _rho_spaced(high: float, low: float, num: int, rho: float) -> Tensor:
+    """`num` noise levels from high to low, f64 (Karras et al. 2022, eq. 5); one alone is the high one."""
+    ramp = torch.linspace(0, 1, num, dtype=torch.float64) if num > 1 else torch.zeros(1, dtype=torch.float64)
+    return (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
+
+
 @lru_cache(maxsize=8)
 def _karras_table(sigma_min: float, sigma_max: float, rho: float) -> Tensor:
-    ramp = torch.linspace(0, 1, NUM_TIMESTEPS, dtype=torch.float64)
-    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    return ((low + ramp * (high - low)) ** rho).float()
+    return _rho_spaced(sigma_min, sigma_max, NUM_TIMESTEPS, rho).float()
 
 
 def _index(u: Tensor, t_range: tuple[float, float]) -> Tensor:
@@ -56,6 +60,10 @@ class Schedule:
 
     def steps(self, values: tuple[float, ...], device: torch.device | str = "cpu") -> Tensor:
         """A generator's step list as times (K,); `ValueError` when one of them lies outside the schedule."""
+        raise NotImplementedError
+
+    def sampling_times(self, num_steps: int) -> Tensor:
+        """Times (num_steps,) at which a teacher's ODE sampler evaluates the network, from most noise to least."""
         raise NotImplementedError
 
     def init_sigma(self, t: Tensor) -> Tensor:
@@ -91,6 +99,13 @@ class DDPMSchedule(Schedule):
                 raise ValueError(f"steps: {value} is no DDPM timestep; expected integers 0..{NUM_TIMESTEPS - 1}")
         return torch.tensor([int(v) for v in values], dtype=torch.int64, device=device)
 
+    def sampling_times(self, num_steps: int) -> Tensor:
+        """The timesteps nearest to EDM's spacing of sigma / alpha."""
+        abar = _ddpm_table(self.beta_start, self.beta_end)
+        ratios = ((1 - abar) / abar).sqrt()
+        wanted = _rho_spaced(float(ratios[-1]), float(ratios[0]), num_steps, 7.0)
+        return (ratios.log() - wanted.log()[:, None]).abs().argmin(1)
+
 
 @dataclass(frozen=True)
 class KarrasSchedule(Schedule):
@@ -113,6 +128,9 @@ class KarrasSchedule(Schedule):
             if not 0 < value <= self.sigma_max:
                 raise ValueError(f"steps: {value} is no noise level; expected sigmas in (0, {self.sigma_max}]")
         return torch.tensor(values, dtype=torch.float32, device=device)
+
+    def sampling_times(self, num_steps: int) -> Tensor:
+        return _rho_spaced(self.sigma_max, self.sigma_min, num_steps, self.rho).float()
 
     def init_sigma(self, t: Tensor) -> Tensor:
         return t.float()
@@ -139,6 +157,9 @@ class RectifiedFlowSchedule(Schedule):
             if not 0 < value <= 1:
                 raise ValueError(f"steps: {value} is no flow time; expected numbers in (0, 1]")
         return torch.tensor(values, dtype=torch.float32, device=device)
+
+    def sampling_times(self, num_steps: int) -> Tensor:
+        return torch.linspace(1, 0, num_steps + 1)[:-1]
 
 
 SCHEDULES: dict[str, type[Schedule]] = {cls.kind: cls for cls in (DDPMSchedule, KarrasSchedule, RectifiedFlowSchedule)}

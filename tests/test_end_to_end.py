@@ -165,11 +165,18 @@ def test_bad_generator_files(tmp_path):
         load_generator(tmp_path / "foreign.safetensors")
 
 
-def test_teacher_samples_do_not_depend_on_batches():
-    denoiser = tiny_denoiser()
+@pytest.mark.parametrize(
+    ("schedule", "prediction_type"),
+    [("karras", "sample"), ("ddpm", "epsilon"), ("ddpm", "v_prediction"), ("rectified_flow", "flow")],
+)
+def test_teacher_samples_do_not_depend_on_batches(schedule, prediction_type):
+    denoiser = tiny_denoiser(0, schedule, prediction_type)
     labels = cycling_labels(520, 10)
     whole = sample_teacher(denoiser, labels, 4, heun=False, seed=3)
     torch.testing.assert_close(sample_teacher(denoiser, labels[:5], 4, heun=False, seed=3), whole[:5])
+    assert whole.shape == (520, 1, 8, 8) and whole.std(0).min() > 0.01
+    finer = sample_teacher(denoiser, labels[:5], 35, heun=True, seed=3)
+    assert torch.isfinite(finer).all() and not torch.equal(finer, whole[:5])
 
 
 def test_grid_pixels(tmp_path):

@@ -5,8 +5,8 @@ import torch
 from tiny import SHAPE, random_batch, tiny_denoiser
 
 from dmd2_fast.random import NoiseKey, philox_normal, philox_uniform
-from dmd2_fast.rollout import generator_input, guided, initial_noise, karras_steps, rollout_index, sample, sample_ode
-from dmd2_fast.schedules import DDPMSchedule, KarrasSchedule
+from dmd2_fast.rollout import denoiser_of, generator_input, guided, initial_noise, rollout_index, sample, sample_ode
+from dmd2_fast.schedules import DDPMSchedule, KarrasSchedule, RectifiedFlowSchedule
 
 KEY = NoiseKey(7, step=3)
 KARRAS, DDPM = (5.0, 2.0, 0.8, 0.3), (999.0, 749.0, 499.0, 249.0)
@@ -144,32 +144,66 @@ def test_guidance_is_one_batched_forward():
     torch.testing.assert_close(got, uncond + 3.0 * (cond - uncond))
 
 
-def test_karras_steps_are_the_tables_spacing():
-    sigmas = karras_steps(KarrasSchedule(), 18)
-    expected = [(80 ** (1 / 7) + i / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(18)] + [0.0]
-    torch.testing.assert_close(sigmas, torch.tensor(expected), rtol=1e-5, atol=1e-7)
-    assert karras_steps(KarrasSchedule(), 1).tolist() == [80.0, 0.0]
+def test_sampling_times():
+    karras = KarrasSchedule().sampling_times(18)
+    expected = [(80 ** (1 / 7) + i / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(18)]
+    torch.testing.assert_close(karras, torch.tensor(expected), rtol=1e-5, atol=1e-7)
+    assert KarrasSchedule().sampling_times(1).tolist() == [80.0]
+    assert RectifiedFlowSchedule().sampling_times(4).tolist() == [1.0, 0.75, 0.5, 0.25]
+    ddpm = DDPMSchedule().sampling_times(18)
+    assert (ddpm[0], ddpm[-1]) == (999, 0) and ddpm.diff().lt(0).all()
+    alpha, sigma = DDPMSchedule().coefficients(ddpm)
+    ratio = (sigma / alpha).double() ** (1 / 7)
+    assert ratio.diff().std() < 0.15 * -ratio.diff().mean(), (
+        "evenly spaced in (sigma / alpha)^(1/7), as timesteps allow"
+    )
+
+
+class Continuous(DDPMSchedule):
+    """Variance preserving at any time in [0, 1], to see convergence that whole timesteps would hide."""
+
+    def coefficients(self, t):
+        angle = t.double() * torch.pi / 2 * 0.999
+        return angle.cos(), angle.sin()
+
+    def sampling_times(self, num_steps):
+        return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)[:-1]
 
 
 @pytest.mark.parametrize("heun", [False, True])
-def test_ode_solvers_converge_to_the_exact_flow_of_a_gaussian(heun):
-    """Data N(0, s^2): the denoiser is x s^2 / (s^2 + sigma^2), the flow scales by s / sqrt(s^2 + sigma_max^2)."""
-    s, x = 0.5, torch.randn(100, 1, 2, 2, dtype=torch.float64) * 80
-    calls = []
+@pytest.mark.parametrize("schedule", [KarrasSchedule(), RectifiedFlowSchedule(), Continuous()])
+def test_ode_solvers_converge_to_the_exact_flow_of_a_gaussian(schedule, heun):
+    """Data N(0, s^2): E[x0 | x_t] = x_t alpha s^2 / v, v = alpha^2 s^2 + sigma^2, and the flow keeps x_t / sqrt(v)."""
+    s, calls, errors = 0.5, [], []
 
-    def predict(x, sigma, condition):
+    def denoise(x_t, t, condition):
         calls.append(1)
-        return x * s**2 / (s**2 + sigma.double().reshape(-1, 1, 1, 1) ** 2)
+        alpha, sigma = (value.double().reshape(-1, 1, 1, 1) for value in schedule.coefficients(t))
+        return x_t * alpha * s**2 / (alpha**2 * s**2 + sigma**2)
 
-    exact = x * s / (s**2 + 80**2) ** 0.5
-    errors = []
     for num_steps in (18, 72):
         calls.clear()
-        got = sample_ode(predict, karras_steps(KarrasSchedule(), num_steps).double(), x, {}, heun=heun)
+        times = schedule.sampling_times(num_steps).double()
+        alpha, sigma = (float(value.double()) for value in schedule.coefficients(times[0]))
+        x = torch.randn(100, 1, 2, 2, dtype=torch.float64) * sigma
+        exact = x * s / (alpha**2 * s**2 + sigma**2) ** 0.5
+        got = sample_ode(denoise, schedule, times, x, {}, heun=heun)
         errors.append(((got - exact).norm() / exact.norm()).item())
         assert len(calls) == (2 * num_steps - 1 if heun else num_steps)
     order = 2 if heun else 1
     assert errors[1] < errors[0] / 4**order * 2, f"{errors}: convergence of order {order}"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_denoiser_of_a_teacher_is_x0(case):
+    kind, prediction_type, steps = CASES[case]
+    denoiser, batch = tiny_denoiser(0, kind, prediction_type), random_batch()
+    t = denoiser.schedule.steps(steps)[1].expand(4)
+    with torch.no_grad():
+        p, got = denoiser.predict(batch.x0, t, batch.condition), denoiser_of(denoiser)(batch.x0, t, batch.condition)
+    alpha, sigma = (value.reshape(-1, 1, 1, 1) for value in denoiser.schedule.coefficients(t))
+    expected = {"karras": p, "ddpm": (batch.x0 - sigma * p) / alpha, "flow": batch.x0 - sigma * p}[case]
+    torch.testing.assert_close(got, expected)
 
 
 def test_ddpm_schedule_of_the_paper_runs_999_749_499_249():
