@@ -25,7 +25,8 @@ SMALL_BYTES = 32 << 20
 
 def check_inputs(config: Config) -> None:
     """Refuse, with a UserError, a run that cannot work with this teacher and these data."""
-    teacher = _check_teacher(config)
+    teacher = _teacher_without_weights(config)
+    check_teacher(config, teacher)
     choose_loader(config.data.loader)
     for split in ("train", "test"):
         if split == "test" and not any(Path(config.data.path).glob("test-*.tar")):
@@ -33,18 +34,43 @@ def check_inputs(config: Config) -> None:
         _check_split(config, teacher, split)
 
 
-def _check_teacher(config: Config) -> Denoiser:
+def check_teacher(config: Config, teacher: Denoiser) -> None:
+    """Refuse a teacher that knows no classes, or that the configured steps and feature levels do not fit."""
+    path = config.model.path
+    if teacher.network.null_label is None:
+        raise ConfigError(f"model.path: the network of {path} takes no class: expected num_class_embeds.")
+    try:
+        teacher.schedule.steps(config.generator.steps)
+    except ValueError as error:
+        raise ConfigError(f"generator.steps do not fit the schedule of {path}: {error}") from None
+    try:
+        for level in config.adversarial.levels:
+            teacher.network.feature_shape(level)
+    except ValueError as error:
+        raise ConfigError(f"adversarial.levels do not fit the network of {path}: {error}") from None
+
+
+def check_images(config: Config, teacher: Denoiser, split: str, image_shape: tuple[int, ...], num_classes: int) -> None:
+    """Refuse images (C, H, W) or labels that the teacher does not take."""
+    folder, expected, known = config.data.path, teacher.network.image_shape, teacher.network.null_label
+    if tuple(image_shape) != expected:
+        raise ConfigError(
+            f"data.path: {folder} holds {split} images of (channels, height, width) {tuple(image_shape)}, and the "
+            f"teacher in {config.model.path} takes {expected}: name other data, or another teacher."
+        )
+    if num_classes > known:
+        raise ConfigError(
+            f"data.path: {folder} holds {split} labels up to {num_classes - 1}, and the teacher in {config.model.path} "
+            f"knows {known} classes (num_class_embeds {known + 1}, the last for none)."
+        )
+
+
+def _teacher_without_weights(config: Config) -> Denoiser:
     with torch.device("meta"):
         teacher = build_denoiser(read_settings(config.model.path))
     path = weights_file(config.model.path)
     own = {name: tuple(value.shape) for name, value in teacher.network.unet.state_dict().items()}
     check_shapes(own, weights_shapes(path), str(path))
-    try:
-        teacher.schedule.steps(config.generator.steps)
-    except ValueError as error:
-        raise ConfigError(f"generator.steps do not fit the schedule of {config.model.path}: {error}") from None
-    if teacher.network.null_label is None:
-        raise ConfigError(f"model.path: the network of {config.model.path} takes no class: expected num_class_embeds.")
     return teacher
 
 
@@ -54,17 +80,6 @@ def _check_split(config: Config, teacher: Denoiser, split: str) -> None:
         return
     dataset = open_dataset(config.data.kind, folder, split)
     try:
-        shape, num_classes = tuple(dataset.image_shape), int(dataset.labels.max()) + 1
+        check_images(config, teacher, split, dataset.image_shape, int(dataset.labels.max()) + 1)
     finally:
         dataset.close()
-    expected, known = teacher.network.image_shape, teacher.network.null_label
-    if shape != expected:
-        raise ConfigError(
-            f"data.path: {folder} holds {split} images of (channels, height, width) {shape}, and the teacher in "
-            f"{config.model.path} takes {expected}: name other data, or another teacher."
-        )
-    if num_classes > known:
-        raise ConfigError(
-            f"data.path: {folder} holds {split} labels up to {num_classes - 1}, and the teacher in {config.model.path} "
-            f"knows {known} classes (num_class_embeds {known + 1}, the last for none)."
-        )

@@ -29,7 +29,7 @@ from .data.batch import Batch
 from .dispatch import backends
 from .distillation import Algorithm, FakeScore, fake_score_loss, generate, generator_loss
 from .engine import Engines, ShardedEMA, full_state_dict, poison_if_not_finite, step_was_skipped
-from .errors import ConfigError, UserError
+from .errors import UserError
 from .evaluation import evaluate_run, has_test_split, load_reference
 from .export import FewStepGenerator, cycling_labels, num_classes, save_generator
 from .failures import DivergedError, diagnosis, exit_code
@@ -38,7 +38,7 @@ from .heads import GANHeads
 from .meters import Clock, Metrics
 from .networks import load_denoiser
 from .optimization import learning_rate, set_learning_rate
-from .preflight import check_inputs
+from .preflight import check_images, check_inputs, check_teacher
 from .random import NoiseKey
 from .ranks import (
     Rank,
@@ -79,13 +79,13 @@ class Trainer:
             micro_batch_size=config.micro_batch_size, start_iteration=self.iteration,
             gradient_accumulation_steps=config.gradient_accumulation_steps,
         )  # fmt: skip
-        self._check_data()
+        check_images(config, self.denoiser, "train", self.loader.image_shape, self.loader.num_classes)
 
     def _build_networks(self) -> None:
         """Generator and fake score start as copies of the teacher; the head from the run's seed, alike on all ranks."""
         config, device = self.config, self.rank.device
         generator, fake, teacher = (load_denoiser(config.model.path).to(device) for _ in range(3))
-        self._check_model(teacher)
+        check_teacher(config, teacher)
         self.denoiser, self.image_shape = generator, generator.network.image_shape
         heads = None
         if self.algorithm.adversarial:
@@ -94,24 +94,6 @@ class Trainer:
         self.engines = Engines(config, generator, FakeScore(fake, heads, self.algorithm.own_levels), teacher)
         decay = config.generator.ema
         self.ema = None if decay is None else ShardedEMA(self.engines.generator, decay)
-
-    def _check_model(self, teacher) -> None:
-        try:
-            teacher.schedule.steps(self.algorithm.steps)
-            for level in self.algorithm.levels:
-                teacher.network.feature_shape(level)
-        except ValueError as error:
-            raise ConfigError(f"generator.steps, adversarial.levels: {error}") from error
-
-    def _check_data(self) -> None:
-        if tuple(self.loader.image_shape) != tuple(self.image_shape):
-            raise ConfigError(
-                f"data.path holds images of {self.loader.image_shape}, the model takes {self.image_shape}"
-            )
-        if self.loader.num_classes > num_classes(self.denoiser):
-            raise ConfigError(
-                f"data.path has {self.loader.num_classes} classes, the model knows {num_classes(self.denoiser)}"
-            )
 
     def _resume(self) -> None:
         latest = self.run.latest_checkpoint()

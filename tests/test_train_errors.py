@@ -127,7 +127,7 @@ def test_a_wrong_teacher(world, capfd, monkeypatch):
         (other, ("does not fit the network", "expected")),
         (larger, ("(1, 8, 8)", "(1, 16, 16)")),
         (fewer, ("is not part of this network",)),
-        (ddpm, ("0.8 is no DDPM timestep",)),
+        (ddpm, ("1.6 is no DDPM timestep",)),
         ({**sound, "network": {"kind": "unet3d"}}, ("unet3d",)),
         ({}, ("denoiser.json",)),
         ([], ("denoiser.json",)),
