@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .denoiser import Denoiser
 from .errors import UserError
-from .networks import build_denoiser, denoiser_settings, load_weights
+from .networks import build_without_weights, denoiser_settings, load_weights
 from .random import NoiseKey
 from .rollout import sample
 from .runs import replacing
@@ -87,7 +87,7 @@ def load_generator(path: str | os.PathLike, device: torch.device | str = "cpu") 
         raise UserError(
             f"{path} is no generator of this library: its metadata lacks {METADATA_KEY!r} ({error})"
         ) from error
-    denoiser = build_denoiser(metadata)
+    denoiser = build_without_weights(metadata)
     load_weights(denoiser.network.unet, weights, str(path))
     return FewStepGenerator(denoiser.to(device).eval().requires_grad_(False), steps)
 

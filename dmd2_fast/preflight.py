@@ -9,15 +9,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import torch
-
 from .config import Config
 from .data.dataset import open_dataset
 from .data.loader import choose_loader
 from .data.shards import find_shards
 from .denoiser import Denoiser
 from .errors import ConfigError
-from .networks import build_denoiser, check_shapes, read_settings, weights_file, weights_shapes
+from .networks import build_without_weights, check_shapes, read_settings, tensor_shapes, weights_file, weights_shapes
 
 SMALL_BYTES = 32 << 20
 """Shards up to this size in all are read through; more are left to the loader, which must read their headers anyway."""
@@ -66,11 +64,8 @@ def check_images(config: Config, teacher: Denoiser, split: str, image_shape: tup
 
 
 def _teacher_without_weights(config: Config) -> Denoiser:
-    with torch.device("meta"):
-        teacher = build_denoiser(read_settings(config.model.path))
-    path = weights_file(config.model.path)
-    own = {name: tuple(value.shape) for name, value in teacher.network.unet.state_dict().items()}
-    check_shapes(own, weights_shapes(path), str(path))
+    teacher, path = build_without_weights(read_settings(config.model.path)), weights_file(config.model.path)
+    check_shapes(tensor_shapes(teacher.network.unet), weights_shapes(path), str(path))
     return teacher
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import logging
 import os
-import socket
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,16 +40,16 @@ def world_size_from_environment() -> int:
 
 
 def init_distributed() -> Rank:
-    """Join the process group that the launcher describes, or make one of a single rank (`python train.py`)."""
+    """Join the process group that the launcher describes, or make one of a single rank (`python train.py`).
+
+    `UserError` when the launcher's port is taken. A single rank needs no port, so any number of them run side by side.
+    """
     import deepspeed
 
     # Without this the first start compiles a shared-memory collective for minutes on CPU.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if "RANK" not in os.environ:  # DeepSpeed looks for these, and for MPI where they are missing
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
@@ -62,7 +61,17 @@ def init_distributed() -> Rank:
             torch.set_num_threads(max(1, available_cores() // local_ranks))
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        deepspeed.init_distributed(backend, timeout=COLLECTIVE_TIMEOUT, verbose=False)
+        if world_size_from_environment() == 1:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT)
+        try:
+            deepspeed.init_distributed(backend, timeout=COLLECTIVE_TIMEOUT, verbose=False)
+        except dist.DistNetworkError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            raise UserError(
+                f"port {os.environ['MASTER_PORT']}, at which the ranks are to meet, is in use, by another run perhaps: "
+                "choose one with `deepspeed --master_port PORT train.py ...`"
+            ) from None
     return Rank(dist.get_rank(), dist.get_world_size(), device)
 
 

@@ -18,6 +18,7 @@ from dmd2_fast.evaluation import sample_teacher
 from dmd2_fast.export import FewStepGenerator, cycling_labels, load_generator, sample_run, save_generator
 from dmd2_fast.grids import save_grid
 from dmd2_fast.metrics import Reference
+from dmd2_fast.networks import denoiser_settings
 from dmd2_fast.random import NoiseKey
 from dmd2_fast.rollout import sample
 from dmd2_fast.runs import read_metrics
@@ -163,6 +164,12 @@ def test_bad_generator_files(tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors")
     with pytest.raises(UserError, match="is no generator"):
         load_generator(tmp_path / "foreign.safetensors")
+    settings = denoiser_settings(tiny_denoiser())
+    settings["network"]["config"]["block_out_channels"] = [2**20, 2**20]  # 40 TB of convolutions, were they made
+    metadata = {"dmd2_fast": json.dumps({**settings, "steps": [5.0]})}
+    save_file({"conv_in.weight": torch.zeros(16, 4, 3, 3)}, tmp_path / "boast.safetensors", metadata)
+    with pytest.raises(UserError, match=r"does not fit the network: conv_in.bias is missing"):
+        load_generator(tmp_path / "boast.safetensors")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..denoiser import Denoiser
@@ -107,13 +108,25 @@ def load_denoiser(folder: str | os.PathLike) -> Denoiser:
     import safetensors
     import safetensors.torch
 
-    denoiser = build_denoiser(read_settings(folder))
+    denoiser = build_without_weights(read_settings(folder))
     weights = weights_file(folder)
+    check_shapes(tensor_shapes(denoiser.network.unet), weights_shapes(weights), str(weights))
     try:
-        load_weights(denoiser.network.unet, safetensors.torch.load_file(weights), str(weights))
+        state = safetensors.torch.load_file(weights)
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"model.path: {weights} cannot be read: {error}") from error
+    load_weights(denoiser.network.unet, state, str(weights))
     return denoiser
+
+
+def build_without_weights(settings: dict[str, Any]) -> Denoiser:
+    """`build_denoiser` on the meta device: a file's settings take no memory before its tensors are seen to fit them."""
+    with torch.device("meta"):
+        return build_denoiser(settings)
+
+
+def tensor_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in module.state_dict().items()}
 
 
 def check_shapes(own: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], source: str) -> None:
@@ -129,7 +142,6 @@ def check_shapes(own: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ..
 
 
 def load_weights(module: nn.Module, state: dict[str, Any], source: str) -> None:
-    """Load a state dict strictly; `UserError` lists what does not fit."""
-    own, found = ({name: tuple(value.shape) for name, value in s.items()} for s in (module.state_dict(), state))
-    check_shapes(own, found, source)
-    module.load_state_dict(state)
+    """Put copies of these tensors, in f32, into a module, also one on meta; `UserError` lists what does not fit."""
+    check_shapes(tensor_shapes(module), {name: tuple(value.shape) for name, value in state.items()}, source)
+    module.load_state_dict({name: value.to(torch.float32, copy=True) for name, value in state.items()}, assign=True)

@@ -43,12 +43,14 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def run_ranks(folder: Path, *arguments: str, world_size: int = 2, timeout: float = 150) -> Finished:
+def run_ranks(
+    folder: Path, *arguments: str, world_size: int = 2, timeout: float = 150, port: int | None = None
+) -> Finished:
     """`worker.py ARGUMENTS` on every rank. When one ends badly, the others are ended as the launcher would.
 
     AssertionError with the output when the ranks are not done in `timeout` seconds: a hang fails.
     """
-    port, start, processes, logs = free_port(), time.monotonic(), [], []
+    port, start, processes, logs = port or free_port(), time.monotonic(), [], []
     for rank in range(world_size):
         log = folder / f"output-{arguments[0]}-{port}-rank{rank}.txt"
         logs.append(log)

@@ -1,6 +1,7 @@
 """A run that was stopped, killed or spoiled goes on as if nothing had happened, or says why it cannot. Two ranks."""
 
 import json
+import socket
 
 import pytest
 import torch
@@ -107,6 +108,17 @@ def test_killed_in_a_checkpoint_then_stopped_by_a_signal(folder):
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], value) for name, value in expected.items())
     assert (run / "report.html").exists()
+
+
+def test_a_port_that_is_taken(folder):
+    with socket.socket() as busy:
+        busy.bind(("", 0))
+        busy.listen()
+        port = busy.getsockname()[1]
+        ended = run_ranks(folder, "train", str(folder), json.dumps({"config": "through.json"}), port=port)
+    assert ended.codes == [2, -15]  # the launcher ends the rank that waits for the first
+    assert f"error: port {port}, at which the ranks are to meet, is in use" in ended.output[0]
+    assert "Traceback" not in ended.output[0] and "--master_port" in ended.output[0]
 
 
 @pytest.fixture(scope="module")

@@ -218,7 +218,9 @@ def resume(folder: Path, options: dict) -> None:
 
 
 def one_rank(folder: Path, options: dict) -> None:
+    """A run of one rank that is not finished: two ranks could otherwise use it as it is."""
     run_case(init_distributed(), folder / "one-rank.json")
+    (folder / "one-rank" / "generator.safetensors").unlink()
 
 
 def spoil(name: str, iterations: set[int], on_rank: int, value: float = float("nan")):
