@@ -13,12 +13,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from .ops._common import PREDICTION_TYPES
 from .schedules import KarrasSchedule, Schedule
 
 Condition = Mapping[str, Tensor]
 """What a network is conditioned on: tensors of N rows by name, e.g. {"class_labels": (N,) int64}."""
-
-PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow")
 
 
 class Denoiser(nn.Module):
