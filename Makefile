@@ -3,18 +3,22 @@ PYTHON ?= python3
 RANKS ?= 1
 STEPS ?= 4
 BIN := .venv/bin
+# What the command `deepspeed` is; its own first line breaks where the checkout's path has a space.
+DEEPSPEED := $(BIN)/python -m deepspeed.launcher.runner
 STAMP := .venv/.setup-done
 
 ifeq ($(STEPS),1)
 CONFIG ?= configs/ds_digits_1step.json
-else ifeq ($(STEPS),4)
-CONFIG ?= ds_digits.json
 else
-$(error STEPS is '$(STEPS)': expected 4 (ds_digits.json) or 1 (configs/ds_digits_1step.json))
+CONFIG ?= ds_digits.json
 endif
 
-.PHONY: setup test train results lint clean
+.PHONY: options setup test train results lint clean
 .DELETE_ON_ERROR:
+
+options:
+	@case "$(STEPS)" in 1|4) ;; *) echo "STEPS is '$(STEPS)': expected 4 (ds_digits.json) or 1 (configs/ds_digits_1step.json)" >&2; exit 2;; esac
+	@case "$(RANKS)" in ''|*[!0-9]*|0*) echo "RANKS is '$(RANKS)': expected 1 or more" >&2; exit 2;; esac
 
 setup: $(STAMP)
 
@@ -26,10 +30,10 @@ $(STAMP): constraints.txt pyproject.toml setup.py tools/setup_env.py CMakeLists.
 test: setup
 	$(BIN)/python -m pytest tests --ignore=tests/distributed --ignore=tests/compiled
 
-train: setup
+train: options setup
 	$(BIN)/dmd2-fast prepare --digits --config $(CONFIG)
 	$(BIN)/dmd2-fast teacher --config $(CONFIG)
-	$(BIN)/deepspeed --num_accelerators $(RANKS) train.py --config $(CONFIG)
+	$(DEEPSPEED) --num_accelerators $(RANKS) train.py --config $(CONFIG)
 
 results: setup
 	$(BIN)/dmd2-fast prepare --digits --config $(CONFIG)

@@ -68,7 +68,9 @@ def read_state(folder: Path, world_size: int | None = None) -> dict[str, Any]:
     """The counters of a checkpoint; `RunFolderError` when unreadable, or not of `world_size` ranks (None: any)."""
     try:
         state = json.loads((folder / STATE_FILE).read_text())
-        saved, *_ = [state[name] for name in ("world_size", "iteration", "skipped", "generator_updates", "seconds")]
+        saved, *_ = [
+            state[name] for name in ("world_size", "iteration", "skipped", "in_a_row", "generator_updates", "seconds")
+        ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunFolderError(f"checkpoint {folder}: {STATE_FILE} cannot be read: {error}. {_remedy(folder)}") from error
     if world_size is not None and saved != world_size:

@@ -104,7 +104,10 @@ def load_or_train(
         model = Classifier(images.shape[1], int(labels.max()) + 1)
         if not _load(model, path, key):
             _train(model, images, labels, settings)
-            _save(model, path, key)
+            try:
+                _save(model, path, key)
+            except (OSError, SafetensorError) as error:  # data folders are often read-only
+                logger.warning("%s cannot be written (%s): the classifier is trained again next time", path, error)
     return model.eval().requires_grad_(False)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import io
 import json
 import os
@@ -52,7 +53,12 @@ def _teacher(arguments: argparse.Namespace) -> None:
 def _config(arguments: argparse.Namespace) -> None:
     from dmd2_fast.config import load_config
 
-    print(json.dumps(load_config(arguments.config, arguments.set, arguments.ranks).to_dict(), indent=2))
+    config = load_config(arguments.config, arguments.set, arguments.ranks)
+    if importlib.util.find_spec("deepspeed") is not None:
+        from dmd2_fast.config_deepspeed import validate_with_deepspeed
+
+        validate_with_deepspeed(config.deepspeed, arguments.ranks)
+    print(json.dumps(config.to_dict(), indent=2))
 
 
 def _existing_run(arguments: argparse.Namespace) -> Path:
@@ -105,7 +111,7 @@ def _report(arguments: argparse.Namespace) -> None:
     print(write_report(run))
 
 
-def _at_least(minimum: int) -> Callable[[str], int]:
+def _at_least(minimum: int, limit: int = 2**63) -> Callable[[str], int]:
     def number(text: str) -> int:
         try:
             value = int(text)
@@ -113,6 +119,8 @@ def _at_least(minimum: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
         if value < minimum:
             raise argparse.ArgumentTypeError(f"{value} is below {minimum}")
+        if value >= limit:
+            raise argparse.ArgumentTypeError(f"{value} is {limit} or more")
         return value
 
     return number

@@ -17,6 +17,10 @@ from dmd2_fast.errors import ConfigError
 SECTION = "dmd2_fast"
 
 
+MAX_DIGITS = 40
+"""More than any setting needs; Python refuses to read some thousands."""
+
+
 @dataclass(frozen=True)
 class Range:
     """Limits of a number, for `Annotated`."""
@@ -48,7 +52,7 @@ class Length:
 
 
 def _number(value: float) -> str:
-    return "2^64" if value == 2**64 else f"{value:g}"
+    return "2^63" if value == 2**63 else f"{value:g}"
 
 
 def show(value: Any) -> str:
@@ -117,7 +121,13 @@ def _parse_scalar(kind: type, value: Any, path: str) -> Any:
         raise ConfigError(f"{path} is {value}: expected a finite number.")
     if kind is str and not value:
         raise ConfigError(f"{path} is empty: expected a string with something in it.")
+    if isinstance(value, str) and ("\0" in value or (not value.isascii() and _has_surrogates(value))):
+        raise ConfigError(f"{path} is {value!r}: expected text that can be written to a file.")
     return value
+
+
+def _has_surrogates(text: str) -> bool:
+    return any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _parse_choice(choices: Sequence[Any], value: Any, path: str) -> Any:
@@ -214,12 +224,19 @@ def _refuse_non_finite(text: str) -> float:
     return value
 
 
+def _whole(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise ConfigError(f"{text[:MAX_DIGITS]}... has {len(text)} digits: no setting takes a number that large.")
+    return int(text)
+
+
 def loads(text: str) -> Any:
     """JSON with duplicate keys and non-finite numbers refused (ConfigError; malformed text as json.JSONDecodeError)."""
     return json.loads(
         text,
         object_pairs_hook=_refuse_duplicates,
         parse_constant=_refuse_non_finite,
+        parse_int=_whole,
         parse_float=_refuse_non_finite,
     )
 

@@ -17,7 +17,7 @@ Fraction = Annotated[float, Range(ge=0, le=1)]
 Decay = Annotated[float, Range(ge=0, lt=1)]
 Count = Annotated[int, Range(ge=1)]
 CountOrZero = Annotated[int, Range(ge=0)]
-Seed = Annotated[int, Range(ge=0, lt=2**64)]
+Seed = Annotated[int, Range(ge=0, lt=2**63)]
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class TeacherTrainingConfig:
     label_dropout: Annotated[float, Range(ge=0, lt=1)] = 0.0
     """Probability that a label is replaced by the empty one, in [0, 1): classifier-free guidance needs it above 0."""
     seed: Seed = 0
-    """Seed of weights, data order and noise, in [0, 2^64)."""
+    """Seed of weights, data order and noise, in [0, 2^63)."""
     schedule: Literal["karras", "ddpm", "rectified_flow"] = "karras"
     """The noise schedule; it fixes the unit of `generator.steps`."""
     sigma_data: Positive | None = None
@@ -202,7 +202,7 @@ class RunConfig:
     iterations: Count = 20000
     """Fake-score updates in all, >= 1."""
     seed: Seed = 0
-    """Seed of every random draw, in [0, 2^64)."""
+    """Seed of every random draw, in [0, 2^63)."""
     log_interval: Count = 10
     """Iterations between lines of metrics.jsonl, >= 1: the only times the device is read."""
     checkpoint_interval: Count = 250
@@ -211,8 +211,8 @@ class RunConfig:
     """Newest checkpoints that are kept, >= 1."""
     sample_interval: CountOrZero = 100
     """Iterations between grids of fixed-noise samples, >= 0; 0 for none."""
-    num_samples: Count = 2000
-    """Samples of the final evaluation, >= 1."""
+    num_samples: Annotated[int, Range(ge=4)] = 2000
+    """Samples of the final evaluation, >= 4: the scores look at the third nearest neighbour."""
     progress: bool = True
     """Whether a progress bar is shown."""
     gather: Literal["module", "network"] = "module"

@@ -35,6 +35,8 @@ class Denoiser(nn.Module):
             raise ValueError(f"preconditioning {preconditioning!r} is unknown; expected 'none' or 'edm'")
         if preconditioning == "edm" and not (isinstance(schedule, KarrasSchedule) and prediction_type == "sample"):
             raise ValueError("EDM preconditioning needs the karras schedule and prediction_type 'sample'")
+        if isinstance(schedule, KarrasSchedule) and prediction_type != "sample":
+            raise ValueError(f"the karras schedule weights losses of prediction_type 'sample', not {prediction_type!r}")
         self.network = network
         self.schedule = schedule
         self.prediction_type = prediction_type

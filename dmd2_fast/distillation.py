@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -170,12 +171,18 @@ def _join(*parts: _Noised) -> tuple[Tensor, Tensor, Condition]:
     )
 
 
+@lru_cache(maxsize=8)
+def _steps(schedule: Schedule, values: tuple[float, ...], device: torch.device) -> Tensor:
+    """The step list on the device: made once, because copying it there waits for the device."""
+    return schedule.steps(values, device)
+
+
 def generate(networks: Networks, algorithm: Algorithm, batch: Batch, key: NoiseKey, *, rollout=None) -> Tensor:
     """The generator's sample x (N, *) f32 for this step, with a graph if gradients are on.
 
     `rollout` is the generator as the chain without gradient calls it (an engine's bare module; default: itself).
     """
-    steps = networks.schedule.steps(algorithm.steps, batch.x0.device)
+    steps = _steps(networks.schedule, algorithm.steps, batch.x0.device)
     shape = tuple(batch.x0.shape[1:])
     x_in, t = generator_input(
         _Rollout(rollout or networks.generator, networks), steps, batch.condition, batch.sample_ids, shape, key,

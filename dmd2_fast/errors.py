@@ -21,7 +21,7 @@ class RunFolderError(UserError):
 
 _WRITE_ERRORS = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR,
-    errno.EISDIR,
+    errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG,
 }  # fmt: skip
 # torch and safetensors raise classes of their own, RuntimeError among them.
 _LIBRARY_WRITE_ERRORS = (

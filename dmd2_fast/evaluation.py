@@ -24,13 +24,14 @@ from tqdm import tqdm
 from .config import Config
 from .data import read_all
 from .denoiser import Denoiser
+from .errors import DataError, UserError
 from .export import BATCH_SIZE, SAMPLING_STEP, FewStepGenerator, cycling_labels, load_generator, num_classes
 from .grids import save_grid, save_samples
-from .metrics import Reference
+from .metrics import NEIGHBOURS, Reference
 from .networks import load_denoiser
 from .random import NoiseKey
 from .rollout import denoiser_of, initial_noise, sample_ode
-from .runs import load_run_config, write_json
+from .runs import load_run_config, read_json, write_json
 
 TEACHER_ROWS = ((35, True), (8, False), (4, False), (1, False))
 """(evaluations, Heun?): 18 Heun steps, the last one Euler, are 35 evaluations."""
@@ -45,6 +46,11 @@ def has_test_split(config: Config) -> bool:
 def load_reference(config: Config) -> Reference:
     """The test split and the cached classifier for the data of a config; raises DataError without them."""
     train, test = read_all(config.data.path, "train"), read_all(config.data.path, "test")
+    for split, (images, _) in (("train", train), ("test", test)):
+        if len(images) <= NEIGHBOURS:
+            raise DataError(
+                f"{config.data.path}: {len(images)} {split} images, expected more than {NEIGHBOURS} to compare"
+            )
     return Reference(*train, *test, Path(config.data.path) / "classifier")
 
 
@@ -87,7 +93,7 @@ def evaluate_run(run_folder: str | os.PathLike, **extra: Any) -> dict[str, Any]:
     `extra` goes into the summary. Raises `UserError` when the run has no generator yet or its data or teacher are gone.
     """
     folder = Path(run_folder)
-    config = load_run_config(folder)
+    config, earlier = load_run_config(folder), read_json(folder / "summary.json")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     generator = load_generator(folder / "generator.safetensors", device)
     teacher = load_denoiser(config.model.path).to(device).eval().requires_grad_(False)
@@ -99,11 +105,13 @@ def evaluate_run(run_folder: str | os.PathLike, **extra: Any) -> dict[str, Any]:
             start = time.perf_counter()
             images = row.sample(labels)
             seconds = (time.perf_counter() - start) * 1000 / len(labels)
+            if not bool(torch.isfinite(images).all()):
+                raise UserError(f"{folder}: samples of the {row.network} are not finite: its training has diverged")
             scores = reference.evaluate(images, labels)
             rows.append({"network": row.network, "evaluations": row.evaluations, **scores, "seconds": seconds})
     save_samples(folder / "samples.safetensors", images, labels, config.run.seed)
     save_grid(folder / "samples.png", images[: 10 * classes], classes)
-    summary = {
+    summary: dict[str, Any] = {
         "floor": reference.floor["fd"],
         "floor_row": reference.floor,
         "rows": rows,
@@ -111,6 +119,7 @@ def evaluate_run(run_folder: str | os.PathLike, **extra: Any) -> dict[str, Any]:
         "iterations": config.run.iterations,
         "machine": machine(),
         "versions": versions(),
+        **{key: earlier[key] for key in ("command", "time") if key in earlier},
         **extra,
     }
     write_json(folder / "summary.json", summary)

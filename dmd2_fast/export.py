@@ -88,6 +88,11 @@ def load_generator(path: str | os.PathLike, device: torch.device | str = "cpu") 
             f"{path} is no generator of this library: its metadata lacks {METADATA_KEY!r} ({error})"
         ) from error
     denoiser = build_without_weights(metadata)
+    try:
+        if not denoiser.schedule.steps(steps).numel():
+            raise ValueError("steps: none")
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: its steps {metadata['steps']!r} do not fit its schedule: {error}") from error
     load_weights(denoiser.network.unet, weights, str(path))
     return FewStepGenerator(denoiser.to(device).eval().requires_grad_(False), steps)
 

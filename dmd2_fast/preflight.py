@@ -6,13 +6,12 @@ the meta device, and its file is asked for names and shapes. Large data are only
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from .config import Config
 from .data.dataset import open_dataset
 from .data.loader import choose_loader
-from .data.shards import find_shards
+from .data.shards import file_size, find_shards
 from .denoiser import Denoiser
 from .errors import ConfigError
 from .networks import build_without_weights, check_shapes, read_settings, tensor_shapes, weights_file, weights_shapes
@@ -56,6 +55,8 @@ def check_images(config: Config, teacher: Denoiser, split: str, image_shape: tup
             f"data.path: {folder} holds {split} images of (channels, height, width) {tuple(image_shape)}, and the "
             f"teacher in {config.model.path} takes {expected}: name other data, or another teacher."
         )
+    if known is None:
+        raise ConfigError("teacher.training.network.num_class_embeds is missing: expected the number of classes + 1.")
     if num_classes > known:
         raise ConfigError(
             f"data.path: {folder} holds {split} labels up to {num_classes - 1}, and the teacher in {config.model.path} "
@@ -71,7 +72,7 @@ def _teacher_without_weights(config: Config) -> Denoiser:
 
 def _check_split(config: Config, teacher: Denoiser, split: str) -> None:
     folder = Path(config.data.path)
-    if sum(os.stat(shard).st_size for shard in find_shards(folder, split)) > SMALL_BYTES:
+    if sum(map(file_size, find_shards(folder, split))) > SMALL_BYTES:
         return
     dataset = open_dataset(config.data.kind, folder, split)
     try:

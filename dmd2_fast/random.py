@@ -216,6 +216,8 @@ def _check_draw(sample_ids: Tensor, sample_shape: Sequence[int], key: NoiseKey) 
     check_sample_ids(sample_ids)
     if not isinstance(key, NoiseKey):
         raise ValueError(f"key: got {type(key).__name__}, expected a NoiseKey")
+    if isinstance(sample_shape, int):
+        raise ValueError(f"sample_shape: got {sample_shape}, expected a sequence of sizes such as ({sample_shape},)")
     for size in sample_shape:
         if size < 0:
             raise ValueError(f"sample_shape: got {tuple(sample_shape)}, expected sizes of 0 or more")

@@ -17,7 +17,7 @@ from typing import Any
 
 from dmd2_fast.report_style import STYLE
 from dmd2_fast.report_svg import Curve, Guide, line_chart, number, share_bar
-from dmd2_fast.runs import read_metrics, write_atomic
+from dmd2_fast.runs import read_json, read_metrics, write_atomic
 
 MAX_GRIDS = 12
 """Grids on the filmstrip; more are thinned evenly."""
@@ -72,20 +72,13 @@ OPTIONAL_METRICS = ("fake_score/r1", "skipped/generator", "skipped/fake_score", 
 
 def _finite(value: Any) -> float | None:
     """The value as a finite number, else None."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e300:
+        return None  # too large to draw, infinite, or not a number
     return float(value)
 
 
 def _mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return _mapping(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError):
-        return {}
 
 
 def summary_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -311,7 +304,7 @@ def _skipped(metrics: Sequence[Mapping[str, Any]]) -> str:
 
 def render_report(folder: Path) -> str:
     """The page of a run folder as HTML."""
-    config, summary = _read_json(folder / "config.json"), _read_json(folder / "summary.json")
+    config, summary = read_json(folder / "config.json"), read_json(folder / "summary.json")
     metrics, rows = read_metrics(folder / "metrics.jsonl"), summary_rows(summary)
     ours = _mapping(config.get("dmd2_fast"))
     run, generator = _mapping(ours.get("run")), _mapping(ours.get("generator"))

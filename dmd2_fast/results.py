@@ -6,7 +6,6 @@ Every run is the command a user would type; finished runs are reused, so an inte
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from typing import Any
 
 from .config import load_config
 from .errors import UserError
+from .runs import inspect_run
 
 CONFIGS = {"4-step": "ds_digits.json", "1-step": "configs/ds_digits_1step.json"}
 SEEDS = (0, 1, 2)
@@ -29,13 +29,14 @@ def run_folder(name: str, seed: int) -> Path:
 def run(name: str, config: str, seed: int) -> dict[str, Any]:
     """Train one seed through the launcher and return its summary."""
     folder = run_folder(name, seed)
-    launcher = Path(sys.executable).with_name("deepspeed")
-    command = [str(launcher), "--num_accelerators", "1", "train.py", "--config", config]
-    command += ["--set", f"run.seed={seed}", "--set", f"run.folder={folder}"]
-    print(f"\n== {name}, seed {seed}: {' '.join(['deepspeed', *command[1:]])}", flush=True)
-    environment = {**os.environ, "PATH": f"{launcher.parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+    overrides = [f"run.seed={seed}", f"run.folder={folder}"]
+    command = ["--num_accelerators", "1", "train.py", "--config", config]
+    command += [word for override in overrides for word in ("--set", override)]
+    print(f"\n== {name}, seed {seed}: deepspeed {' '.join(command)}", flush=True)
+    inspect_run(load_config(config, overrides))  # figures of another recipe are no results of this one
     if not (folder / "summary.json").exists() or not (folder / "report.html").exists():
-        code = subprocess.run(command, env=environment, check=False).returncode
+        launcher = [sys.executable, "-m", "deepspeed.launcher.runner"]
+        code = subprocess.run([*launcher, *command], check=False).returncode
         if code:
             raise UserError(f"{name}, seed {seed}: training ended with exit code {code}")
     return json.loads((folder / "summary.json").read_text())

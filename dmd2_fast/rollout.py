@@ -90,15 +90,17 @@ def generator_input(
     x = initial_noise(generator.schedule, steps, sample_ids, shape, key)
     if len(steps) == 1:
         return x, steps.expand(len(x))
-    index = rollout_index(len(steps), mode, sample_ids, key)
-    # "batch" needs the index on the host: every rank draws the same, so every rank runs as many forwards.
-    last = int(index[0]) if mode == "batch" and len(index) else len(steps) - 1
+    # "batch" needs the index on the host, so it is drawn there: the integers are the same on every device and rank,
+    # and every rank runs as many forwards.
+    ids = sample_ids if mode == "sample" else torch.zeros(1, dtype=torch.int64)
+    index = rollout_index(len(steps), mode, ids, key)
+    last = len(steps) - 1 if mode == "sample" else int(index)
     schedule, prediction_type = generator.schedule, generator.prediction_type
     inputs = chain(generator.predict, schedule, prediction_type, steps, x, condition, sample_ids, key)
     chosen = x
     for i, x_i in zip(range(last + 1), inputs, strict=False):
-        chosen = torch.where((index == i).reshape(-1, *[1] * len(shape)), x_i, chosen)
-    return chosen, steps[index]
+        chosen = x_i if mode == "batch" else torch.where((index == i).reshape(-1, *[1] * len(shape)), x_i, chosen)
+    return chosen, steps[last].expand(len(x)) if mode == "batch" else steps[index]
 
 
 def guided(teacher: Denoiser, guidance_scale: float) -> Predict:

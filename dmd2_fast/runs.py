@@ -62,7 +62,7 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+            file.write(data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -101,6 +101,15 @@ def write_json(path: str | Path, value: Any) -> None:
     write_atomic(path, json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
 
 
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The object in a JSON file; empty when it is missing, unreadable or something else."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl, in file order; a line torn by a crash is left out, a missing file is empty."""
     try:
@@ -114,7 +123,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
         except (ValueError, RecursionError):
             continue
         iteration = record.get("iteration") if isinstance(record, dict) else None
-        if isinstance(iteration, (int, float)) and not isinstance(iteration, bool) and math.isfinite(iteration):
+        if isinstance(iteration, (int, float)) and not isinstance(iteration, bool) and abs(iteration) < 2**63:
             records.append(record)
     return records
 
@@ -255,7 +264,7 @@ def _remove_tree(folder: Path) -> None:
 
 def move_aside(folder: Path) -> Path:
     """Rename a folder to FOLDER.1, or the first free number; the new name."""
-    number = 1
+    folder, number = folder.absolute(), 1
     while os.path.lexists(target := folder.with_name(f"{folder.name}.{number}")):
         number += 1
     os.rename(folder, target)

@@ -22,9 +22,9 @@ NUM_TIMESTEPS = 1000
 
 
 @lru_cache(maxsize=8)
-def _ddpm_table(beta_start: float, beta_end: float) -> Tensor:
+def _ddpm_table(beta_start: float, beta_end: float, device: torch.device) -> Tensor:
     betas = torch.linspace(beta_start**0.5, beta_end**0.5, NUM_TIMESTEPS, dtype=torch.float64) ** 2
-    return torch.cumprod(1 - betas, 0)
+    return torch.cumprod(1 - betas, 0).to(device)
 
 
 def _rho_spaced(high: float, low: float, num: int, rho: float) -> Tensor:
@@ -34,13 +34,14 @@ def _rho_spaced(high: float, low: float, num: int, rho: float) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def _karras_table(sigma_min: float, sigma_max: float, rho: float) -> Tensor:
-    return _rho_spaced(sigma_min, sigma_max, NUM_TIMESTEPS, rho).float()
+def _karras_table(sigma_min: float, sigma_max: float, rho: float, device: torch.device) -> Tensor:
+    return _rho_spaced(sigma_min, sigma_max, NUM_TIMESTEPS, rho).float().to(device)
 
 
 def _index(u: Tensor, t_range: tuple[float, float]) -> Tensor:
     """Uniform entry of the table between two fractions of it: u (N,) in (0, 1] -> (N,) int64 in [low, high)."""
-    low, high = (round(bound * NUM_TIMESTEPS) for bound in t_range)
+    low = min(round(t_range[0] * NUM_TIMESTEPS), NUM_TIMESTEPS - 1)
+    high = max(round(t_range[1] * NUM_TIMESTEPS), low + 1)
     return (low + (u * (high - low)).long()).clamp_(max=high - 1)
 
 
@@ -87,7 +88,7 @@ class DDPMSchedule(Schedule):
     kind = "ddpm"
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        abar = _ddpm_table(self.beta_start, self.beta_end).to(t.device)[t.long()]
+        abar = _ddpm_table(self.beta_start, self.beta_end, t.device)[t.long()]
         return abar.sqrt().float(), (1 - abar).sqrt().float()
 
     def time(self, u: Tensor, t_range: tuple[float, float] = (0.0, 1.0)) -> Tensor:
@@ -101,7 +102,7 @@ class DDPMSchedule(Schedule):
 
     def sampling_times(self, num_steps: int) -> Tensor:
         """The timesteps nearest to EDM's spacing of sigma / alpha."""
-        abar = _ddpm_table(self.beta_start, self.beta_end)
+        abar = _ddpm_table(self.beta_start, self.beta_end, torch.device("cpu"))
         ratios = ((1 - abar) / abar).sqrt()
         wanted = _rho_spaced(float(ratios[-1]), float(ratios[0]), num_steps, 7.0)
         return (ratios.log() - wanted.log()[:, None]).abs().argmin(1)
@@ -121,7 +122,7 @@ class KarrasSchedule(Schedule):
         return torch.ones_like(t, dtype=torch.float32), t.float()
 
     def time(self, u: Tensor, t_range: tuple[float, float] = (0.0, 1.0)) -> Tensor:
-        return _karras_table(self.sigma_min, self.sigma_max, self.rho).to(u.device)[_index(u, t_range)]
+        return _karras_table(self.sigma_min, self.sigma_max, self.rho, u.device)[_index(u, t_range)]
 
     def steps(self, values: tuple[float, ...], device: torch.device | str = "cpu") -> Tensor:
         for value in values:
@@ -169,6 +170,9 @@ def make_schedule(kind: str, **options) -> Schedule:
     """The schedule of that name; `options` are its dataclass fields. `ValueError` for an unknown name or field."""
     if kind not in SCHEDULES:
         raise ValueError(f"schedule {kind!r} is unknown; expected one of {sorted(SCHEDULES)}")
+    for name, value in options.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e6:
+            raise ValueError(f"schedule {kind!r}: {name} is {value!r}; expected a number above 0")
     try:
         return SCHEDULES[kind](**options)
     except TypeError as error:

@@ -22,7 +22,7 @@ from typing import Any
 EXIT_STOPPED = 128 + signal.SIGTERM
 WATCH_SECONDS = 0.5
 LAUNCH_MODULE = "deepspeed.launcher.launch"
-RUNNERS = ("deepspeed", "deepspeed.pt", "ds", "runner.py")
+RUNNERS = ("deepspeed", "deepspeed.pt", "ds", "runner.py", "deepspeed.launcher.runner")
 
 
 class StopRequested(BaseException):

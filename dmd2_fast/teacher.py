@@ -21,13 +21,15 @@ from tqdm import tqdm
 from .config import Config, TeacherTrainingConfig
 from .data import make_loader, read_all
 from .data.batch import Batch
+from .data.dataset import open_dataset
 from .denoiser import Condition, Denoiser
-from .errors import ConfigError
+from .errors import ConfigError, UserError
 from .locks import acquire
-from .networks import SETTINGS_FILE, build_denoiser, load_denoiser, save_denoiser
+from .networks import SETTINGS_FILE, build_denoiser, build_without_weights, load_denoiser, save_denoiser
 from .ops.denoising import denoising_loss
 from .ops.noise import add_noise
 from .optimization import make_optimizer, set_learning_rate, warmup_cosine
+from .preflight import check_images
 from .random import NoiseKey, Stream, philox_normal, philox_uniform
 from .runs import move_aside
 
@@ -38,11 +40,11 @@ TRAINING_FILE = "training.json"
 PREDICTIONS = {"karras": ("sample", "edm"), "ddpm": ("epsilon", "none"), "rectified_flow": ("flow", "none")}
 
 
-def teacher_settings(training: TeacherTrainingConfig, images: Tensor) -> dict[str, Any]:
-    """Denoiser settings of a new teacher; sigma_data is measured on the training images unless it is given."""
+def teacher_settings(training: TeacherTrainingConfig, measure: Callable[[], Any]) -> dict[str, Any]:
+    """Denoiser settings of a new teacher; `measure` gives the data's deviation where sigma_data is not set."""
     schedule: dict[str, Any] = {"kind": training.schedule}
     if training.schedule == "karras":
-        schedule["sigma_data"] = training.sigma_data or round(float(images.std()), 6)
+        schedule["sigma_data"] = training.sigma_data or round(float(measure()), 6)
     prediction_type, preconditioning = PREDICTIONS[training.schedule]
     return {
         "network": {"kind": "unet2d", "config": dict(training.network), "patch_size": training.patch_size},
@@ -87,23 +89,25 @@ def train_teacher(config: Config, *, fresh: bool = False, on_step: Callable[[int
 
     Raises ConfigError when the config has no training section or the folder holds a teacher of other settings.
     """
-    training, folder = config.teacher.training, Path(config.model.path)
+    training, folder = config.teacher.training, Path(config.model.path).resolve()
     if training is None:
         raise ConfigError("teacher.training is null: there is no teacher to train; model.path must hold one")
     wanted = {"training": config.to_dict()["dmd2_fast"]["teacher"]["training"], "data": config.data.path}
     if _is_there(folder, wanted, fresh):
         return folder
-    images, _ = read_all(config.data.path)
+    _check_data(config, training)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(training.seed)
-    denoiser = build_denoiser(teacher_settings(training, images)).to(device)
-    takes, has = denoiser.network.image_shape, tuple(images.shape[1:])
-    if takes != has:
-        raise ConfigError(f"teacher.training.network takes images of {takes}, the data are {has}")
+    denoiser = build_denoiser(teacher_settings(training, lambda: read_all(config.data.path)[0].std())).to(device)
     with acquire(folder.with_name(f".{folder.name}.lock"), str(folder)):
         if _is_there(folder, wanted, fresh):  # another process was faster
             return folder
         averaged = _run(config, training, denoiser, device, on_step)
+        if not all(bool(torch.isfinite(value).all()) for value in averaged.parameters()):
+            raise UserError(
+                "teacher: training has diverged (weights that are not finite), nothing was written: "
+                "lower teacher.training.optimizer.params.lr"
+            )
         temporary = folder.with_name(folder.name + ".tmp")
         try:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -115,6 +119,16 @@ def train_teacher(config: Config, *, fresh: bool = False, on_step: Callable[[int
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def _check_data(config: Config, training: TeacherTrainingConfig) -> None:
+    """Refuse data that the network to train does not take, before any of them are read into memory."""
+    planned = build_without_weights(teacher_settings(training, lambda: 1.0))
+    dataset = open_dataset(config.data.kind, config.data.path, "train")
+    try:
+        check_images(config, planned, "train", dataset.image_shape, int(dataset.labels.max()) + 1)
+    finally:
+        dataset.close()
 
 
 def _is_there(folder: Path, wanted: Any, fresh: bool) -> bool:

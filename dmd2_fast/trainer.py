@@ -109,6 +109,7 @@ class Trainer:
         state = states[0]
         assert state is not None  # rank 0 has read it, or all have raised
         self.iteration, self.skipped = state["iteration"], dict(state["skipped"])
+        self.in_a_row = dict(state["in_a_row"])
         self.generator_updates, self.seconds_before = state["generator_updates"], state["seconds"]
         # A line counts finished iterations: the one of the checkpoint's own iteration stays.
         on_main(self.rank, lambda: self.run.truncate_metrics(self.iteration + 1))
@@ -151,6 +152,7 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         return {
             "skipped": self.skipped,
+            "in_a_row": self.in_a_row,
             "generator_updates": self.generator_updates,
             "seconds": self.seconds(),
             "seed": self.config.run.seed,
@@ -175,6 +177,7 @@ class Trainer:
                 self.step(micro_batches)
                 self.iteration += 1
                 bar.update()
+                self._stop_if_diverged(bar)
                 self._periodic(bar)
         self.save()
         return True
@@ -234,23 +237,24 @@ class Trainer:
         """Count a skipped step; True when the step was taken. Every rank sees the same global norm."""
         if not step_was_skipped(engine):
             self.in_a_row[name] = 0
-            self.metrics.add({f"{name}/grad_norm": torch.as_tensor(engine.get_global_grad_norm())})
+            norm = torch.as_tensor(engine.get_global_grad_norm(), device=self.rank.device)
+            self.metrics.add({f"{name}/grad_norm": norm})
             return True
         self.skipped[name] += 1
         self.in_a_row[name] += 1
-        if self.in_a_row[name] >= MAX_SKIPS_IN_A_ROW:
-            self._diverged(name)
         return False
 
-    def _diverged(self, name: str) -> None:
-        self.metrics.add({f"skipped/{name}": torch.tensor(float(self.skipped[name]))})
-        last = self.metrics.read()
-        self.iteration += 1
-        self.save()
-        text = diagnosis(name, self.iteration, MAX_SKIPS_IN_A_ROW, self.skipped[name], last)
-        if self.rank.is_main:
-            write_atomic(self.run.path / "diagnosis.txt", text + "\n")
-        raise DivergedError(text)
+    def _stop_if_diverged(self, bar: tqdm) -> None:
+        """After MAX_SKIPS_IN_A_ROW skipped updates of a network: log, save, say what was seen, raise on all ranks."""
+        for name, number in self.in_a_row.items():
+            if number >= MAX_SKIPS_IN_A_ROW:
+                self.in_a_row[name] = 0  # who goes on from here has mended the cause
+                record = self._log({}, bar)
+                self.save()
+                text = diagnosis(name, self.iteration, number, self.skipped[name], record)
+                if self.rank.is_main:
+                    write_atomic(self.run.path / "diagnosis.txt", text + "\n")
+                raise DivergedError(text)
 
     def _periodic(self, bar: tqdm) -> None:
         run, last = self.config.run, self.iteration == self.config.run.iterations
@@ -261,7 +265,7 @@ class Trainer:
         if self.iteration % run.checkpoint_interval == 0 and not last:
             self.save()
 
-    def _log(self, extra: dict[str, Any], bar: tqdm) -> None:
+    def _log(self, extra: dict[str, Any], bar: tqdm) -> dict[str, Any]:
         values = self.metrics.read()
         record = {"iteration": self.iteration, "time": self.seconds(), **values}
         for name, settings in (("generator", self.config.generator), ("fake_score", self.config.fake_score)):
@@ -271,13 +275,14 @@ class Trainer:
             record[f"skipped/{name}"] = self.skipped[name]
         record |= {**self.clock.read(), **extra}
         if not self.rank.is_main:
-            return
+            return record
         self.run.append_metrics(record)
         shown = {"dmd": "generator/dmd", "denoising": "fake_score/denoising", "fd": "eval/fd"}
         bar.set_postfix({name: f"{record[key]:.3g}" for name, key in shown.items() if key in record}, refresh=False)
         if self.writer is not None:
             for name, value in record.items():
                 self.writer.add_scalar(name, value, self.iteration)
+        return record
 
     def averaged(self):
         """Context in which the generator runs with the averaged weights, if there are any."""

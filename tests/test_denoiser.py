@@ -9,7 +9,7 @@ from tiny import NETWORK, SHAPE, random_batch, tiny_denoiser
 from dmd2_fast.denoiser import Denoiser, concat_conditions
 from dmd2_fast.errors import UserError
 from dmd2_fast.heads import GANHead, GANHeads, num_groups
-from dmd2_fast.networks import build_denoiser, denoiser_settings, load_denoiser, save_denoiser
+from dmd2_fast.networks import build_denoiser, build_network, denoiser_settings, load_denoiser, save_denoiser
 from dmd2_fast.networks.unet2d import UNet2D
 from dmd2_fast.schedules import DDPMSchedule, KarrasSchedule
 
@@ -129,12 +129,50 @@ def test_unconditional_is_the_last_embedding():
 
 
 def test_senseless_denoisers_are_refused():
+    with pytest.raises(ValueError, match="weights losses of prediction_type 'sample'"):
+        Denoiser(network(), KarrasSchedule(), "epsilon")
     with pytest.raises(ValueError, match="karras"):
         Denoiser(network(), DDPMSchedule(), "sample", "edm")
     with pytest.raises(ValueError, match="eps"):
         Denoiser(network(), DDPMSchedule(), "eps")
     with pytest.raises(ValueError, match=r"up\.3"):
         network().feature_shape("up.3")
+
+
+def test_a_bf16_network_does_not_round_its_output():
+    """What trains is the difference of two predictions: the last layer runs in f32, with bf16 weights too."""
+    denoiser, batch = tiny_denoiser(0, "ddpm", "epsilon").bfloat16(), random_batch()
+    t = torch.tensor([10, 300, 600, 999])
+    with torch.no_grad():
+        output = denoiser.predict(batch.x0, t, batch.condition)
+        wide = tiny_denoiser(0, "ddpm", "epsilon").predict(batch.x0, t, batch.condition)
+    assert output.dtype == torch.float32 and not torch.equal(output, output.bfloat16().float())
+    torch.testing.assert_close(output, wide, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sample_size": None}, {"sample_size": "4"}, {"norm_num_groups": 0}, {"out_channels": 8}, {"in_channels": 3},
+        {"down_block_types": []}, {"block_out_channels": [-16, 16]}, {"num_class_embeds": -1},
+        {"class_embed_type": "timestep"}, {"time_embedding_type": "fourier"}, {"time_embedding_type": "learned"},
+        {"up_block_types": ["SkipUpBlock2D", "UpBlock2D"]}, {"sample_sizes": 4},
+        {"add_attention": True, "attention_head_dim": 0},
+    ],
+)  # fmt: skip
+def test_networks_that_cannot_be_built_are_refused(changes):
+    with pytest.raises(UserError, match="network: UNet2DModel refuses this configuration"):
+        build_network({"kind": "unet2d", "config": {**NETWORK, **changes}, "patch_size": 2})
+
+
+def test_a_loaded_network_draws_no_random_numbers(tmp_path):
+    """Dropout in distillation would depend on ranks and resuming."""
+    denoiser = Denoiser(UNet2D.from_config({**NETWORK, "dropout": 0.5}, 2), KarrasSchedule(), "sample", "edm")
+    save_denoiser(denoiser, tmp_path)
+    loaded, batch = load_denoiser(tmp_path), random_batch()
+    with torch.no_grad():
+        first, second = (loaded.predict(batch.x0, torch.ones(4), batch.condition) for _ in range(2))
+    assert torch.equal(first, second)
 
 
 def test_concat_conditions():

@@ -170,6 +170,11 @@ def test_bad_generator_files(tmp_path):
     save_file({"conv_in.weight": torch.zeros(16, 4, 3, 3)}, tmp_path / "boast.safetensors", metadata)
     with pytest.raises(UserError, match=r"does not fit the network: conv_in.bias is missing"):
         load_generator(tmp_path / "boast.safetensors")
+    weights, settings = tiny_denoiser().network.unet.state_dict(), denoiser_settings(tiny_denoiser())
+    for steps in (["a"], "5", [], [100.0], None):
+        save_file(weights, tmp_path / "g.safetensors", {"dmd2_fast": json.dumps({**settings, "steps": steps})})
+        with pytest.raises(UserError, match=r"steps|is no generator"):
+            load_generator(tmp_path / "g.safetensors")
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,15 @@ def test_head_takes_the_projection_of_a_linear_and_of_a_convolution():
         assert torch.autograd.grad(loss, shaped)[0].shape == shape
 
 
+def test_head_keeps_f32_under_autocast():
+    """No matrix product inside, which autocast (and TF32 on a GPU) would round."""
+    arguments = [random_tensor(shape, torch.float32, i) for i, shape in enumerate([(64, 8), (8,), (8,), (8,), (1,)])]
+    expected = gan_head_loss(*arguments, 2, sign=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = gan_head_loss(*arguments, 2, sign=1)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
 def test_head_loss_is_the_loss_of_its_logits():
     inputs = head_inputs((6, 12, 3), torch.float32)
     loss, logits = gan_head_loss(*inputs, 3, sign=-1)

@@ -9,6 +9,20 @@ import torch
 from dmd2_fast.schedules import DDPMSchedule, KarrasSchedule, RectifiedFlowSchedule, make_schedule
 
 
+def test_a_range_narrower_than_the_table_stays_in_it():
+    """One entry, never the one before it (index -1 would be the noisiest)."""
+    u = torch.tensor([1e-9, 0.5, 1.0])
+    for t_range, expected in (((0.0, 0.0004), 0), ((0.1, 0.1004), 100), ((0.9999, 1.0), 999)):
+        assert make_schedule("ddpm").time(u, t_range).tolist() == [expected] * 3
+    assert make_schedule("karras").time(u, (0.0, 0.0004)).tolist() == pytest.approx([0.002] * 3)
+
+
+def test_settings_that_are_no_positive_numbers_are_refused():
+    for value in ("x", 0, -1.0, True, None, float("nan"), 1e9):
+        with pytest.raises(ValueError, match="sigma_data"):
+            make_schedule("karras", sigma_data=value)
+
+
 def test_ddpm_is_stable_diffusions_scaled_linear_schedule():
     betas = np.linspace(math.sqrt(0.00085), math.sqrt(0.012), 1000) ** 2
     abar = np.cumprod(1 - betas)

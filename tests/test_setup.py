@@ -244,9 +244,19 @@ def make(*arguments):
     return subprocess.run(["make", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-def test_the_makefile_refuses_other_steps():
-    done = make("-n", "train", "STEPS=3")
-    assert done.returncode != 0 and "STEPS is '3'" in done.stderr
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("STEPS=3", "STEPS is '3': expected 4"),
+        ("STEPS=", "STEPS is ''"),
+        ("RANKS=0", "RANKS is '0': expected 1 or more"),
+        ("RANKS=-1", "RANKS is '-1'"),
+        ("RANKS=two", "RANKS is 'two'"),
+    ],
+)
+def test_the_makefile_refuses_other_steps_and_ranks(argument, message):
+    done = make("train", argument)
+    assert done.returncode != 0 and message in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -258,6 +268,6 @@ def test_make_train_runs_the_three_stages(arguments, config, ranks):
     assert done.stdout.splitlines()[-3:] == [
         f".venv/bin/dmd2-fast prepare --digits --config {config}",
         f".venv/bin/dmd2-fast teacher --config {config}",
-        f".venv/bin/deepspeed --num_accelerators {ranks} train.py --config {config}",
+        f".venv/bin/python -m deepspeed.launcher.runner --num_accelerators {ranks} train.py --config {config}",
     ]
     assert (ROOT / config).is_file()

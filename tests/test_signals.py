@@ -267,6 +267,14 @@ def test_the_watch_sends_sigterm_when_a_launcher_ends(stop, monkeypatch):
             thread.join(5)
 
 
+def test_a_lock_file_that_is_a_link_is_not_followed(tmp_path):
+    (tmp_path / "precious").write_text("content")
+    (tmp_path / ".lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError, match="symbolic links"):
+        acquire(tmp_path / ".lock", "a", wait=0)
+    assert (tmp_path / "precious").read_text() == "content"
+
+
 def test_a_lock_is_waited_for_and_then_taken(tmp_path, capsys):
     held = acquire(tmp_path / "a" / ".lock", "a")
     threading.Timer(0.7, held.release).start()

@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from tiny import SHAPE, random_batch, tiny_config, tiny_denoiser
+from tiny import NETWORK, SHAPE, random_batch, tiny_config, tiny_denoiser
 
 from dmd2_fast.config import load_config
 from dmd2_fast.data import Batch, prepare_digits, read_all
-from dmd2_fast.errors import ConfigError
+from dmd2_fast.errors import ConfigError, UserError
 from dmd2_fast.networks import load_denoiser
 from dmd2_fast.random import NoiseKey, philox_normal, philox_uniform
 from dmd2_fast.teacher import drop_labels, teacher_step_loss, train_teacher, training_times
@@ -79,9 +79,20 @@ def test_teacher_is_made_once_and_whole(digits, tmp_path, capsys):
 
 
 def test_teacher_that_does_not_fit_the_data_is_refused(digits, tmp_path):
-    with pytest.raises(ConfigError, match=r"images of \(4, 4, 4\)"):
+    with pytest.raises(ConfigError, match=r"width\) \(1, 8, 8\), and the teacher in .* takes \(4, 4, 4\)"):
         train_teacher(config_in(digits, tmp_path, patch_size=1))
     assert not (tmp_path / "teacher").exists()
+
+
+def test_a_teacher_that_diverges_is_not_kept(digits, tmp_path):
+    with pytest.raises(UserError, match="training has diverged"):
+        train_teacher(config_in(digits, tmp_path, iterations=5, optimizer={"params": {"lr": 1e30}}))
+    assert not (tmp_path / "teacher").exists()
+
+
+def test_too_few_classes_are_refused(digits, tmp_path):
+    with pytest.raises(ConfigError, match=r"labels up to 9, and .* knows 9 classes"):
+        train_teacher(config_in(digits, tmp_path, network={**NETWORK, "num_class_embeds": 10}))
 
 
 def test_sigma_data_is_measured_on_the_training_split(digits, tmp_path):

@@ -89,7 +89,7 @@ def tiny_config(folder: Path, **section) -> dict:
     ours = config["dmd2_fast"]
     ours["model"]["path"] = str(folder / "teacher")
     ours["data"]["path"] = str(folder / "data")
-    ours["teacher"]["training"].update(network=NETWORK, iterations=3, batch_size=8, sigma_data=0.75)
+    ours["teacher"]["training"].update(network=dict(NETWORK), iterations=3, batch_size=8, sigma_data=0.75)
     ours["run"].update(
         folder=str(folder / "run"), iterations=6, log_interval=1, checkpoint_interval=1000, sample_interval=0,
         num_samples=40, progress=False,

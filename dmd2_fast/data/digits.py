@@ -42,6 +42,8 @@ def prepare_digits(folder: str | Path, *, progress: bool = True) -> None:
     empty and does not hold exactly the 1,437 + 360 digits.
     """
     folder = Path(folder).resolve()
+    if not folder.name:
+        raise DataError(f"{folder} is the root folder, expected a folder for the digits. Choose another path.")
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise DataError(f"{folder} is a file, expected a folder for the digits. Choose another path.")
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")

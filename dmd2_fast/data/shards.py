@@ -106,7 +106,7 @@ def _pax_records(content: bytes) -> dict[str, str]:
     return records
 
 
-def _check_is_file(path: Path) -> int:
+def file_size(path: Path) -> int:
     """The file's size. Opening a named pipe would wait for ever, so what is no plain file is refused unopened."""
     try:
         status = path.stat()
@@ -123,11 +123,11 @@ def scan_shard(path: str | Path) -> list[Member]:
     Raises DataError for anything but a whole, well-formed tar of plain files.
     """
     path = Path(path)
-    file_size = _check_is_file(path)
+    size = file_size(path)
     remedy = "The shard is damaged or was not written to its end: make it again or take it out of the folder."
     try:
         with open(path, "rb") as file:
-            return _scan(path, file, file_size)
+            return _scan(path, file, size)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}). Check its permissions.") from error
     except ValueError as error:

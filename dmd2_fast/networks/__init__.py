@@ -29,7 +29,7 @@ def build_network(settings: dict[str, Any]) -> nn.Module:
         raise UserError(f"network kind {settings.get('kind')!r} is unknown; expected 'unet2d'")
     try:
         return UNet2D.from_config(settings["config"], settings["patch_size"])
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # UNet2DModel checks little: whatever its layers raise
         raise UserError(f"network: UNet2DModel refuses this configuration: {error}") from error
 
 
@@ -104,7 +104,10 @@ def weights_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def load_denoiser(folder: str | os.PathLike) -> Denoiser:
-    """The denoiser of a folder; `UserError` when it is missing, incomplete or of other shapes."""
+    """The denoiser of a folder; `UserError` when it is missing, incomplete or of other shapes.
+
+    In eval mode, in which it is distilled too: dropout would draw numbers that no key names.
+    """
     import safetensors
     import safetensors.torch
 
@@ -116,7 +119,7 @@ def load_denoiser(folder: str | os.PathLike) -> Denoiser:
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"model.path: {weights} cannot be read: {error}") from error
     load_weights(denoiser.network.unet, state, str(weights))
-    return denoiser
+    return denoiser.eval()
 
 
 def build_without_weights(settings: dict[str, Any]) -> Denoiser:

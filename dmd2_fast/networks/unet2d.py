@@ -17,6 +17,14 @@ from torch import Tensor, nn
 from ..denoiser import Condition
 
 
+class Float32Conv2d(nn.Conv2d):
+    """A convolution in f32 whatever its weights are kept in: the last layer, whose output must not be rounded."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.float()
+        return self._conv_forward(x.float(), self.weight.float(), bias)
+
+
 class UNet2D(nn.Module):
     """`forward(x (N, C, H, W), t (N,), condition, ...)` -> (output of the first `decode_rows` rows or None, features).
 
@@ -28,8 +36,19 @@ class UNet2D(nn.Module):
         self.unet = unet
         self.patch_size = patch_size
         config = unet.config
-        if config.center_input_sample or any("Skip" in name for name in config.down_block_types):
+        for name, value in (("sample_size", config.sample_size), ("patch_size", patch_size)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}: expected a whole number >= 1")
+        if config.in_channels != config.out_channels or config.in_channels % patch_size**2:
+            raise ValueError(
+                f"in_channels {config.in_channels} and out_channels {config.out_channels}: expected one number, "
+                f"divisible by patch_size^2 = {patch_size**2}"
+            )
+        if config.center_input_sample or any("Skip" in n for n in (*config.down_block_types, *config.up_block_types)):
             raise ValueError("UNet2DModel: skip blocks and center_input_sample are not supported")
+        if config.time_embedding_type != "positional" or config.class_embed_type is not None:
+            raise ValueError("UNet2DModel: expected time_embedding_type 'positional' and class_embed_type null")
+        unet.conv_out.__class__ = Float32Conv2d  # the difference of two predictions trains: see Denoiser
         self.null_label = None if config.num_class_embeds is None else config.num_class_embeds - 1
 
     @classmethod

@@ -107,7 +107,7 @@ def check_parameter(name: str, parameter: Tensor, first: Tensor, size: int) -> N
 
 def check_groups(num_groups: int, num_channels: int) -> None:
     """ValueError unless the channels divide into the groups."""
-    if num_groups < 1 or num_channels % num_groups:
+    if not isinstance(num_groups, (int, torch.SymInt)) or num_groups < 1 or num_channels % num_groups:
         raise ValueError(f"num_groups: got {num_groups}, expected a divisor of the {num_channels} channels")
 
 

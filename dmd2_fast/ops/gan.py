@@ -112,6 +112,11 @@ def gan_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
 # --- the head's tail --------------------------------------------------------------------------------------------------
 
 
+def _project(activation: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """(N, C) to (N, 1) in the activation's dtype: no matrix product, which autocast and TF32 would round."""
+    return (activation * weight.to(activation.dtype)).sum(1, keepdim=True) + bias.to(activation.dtype)
+
+
 def gan_head_loss_reference(
     features: Tensor,
     norm_weight: Tensor,
@@ -128,7 +133,7 @@ def gan_head_loss_reference(
     mean, rstd = statistics(groups, eps)
     z = (groups - mean) * rstd * channels(norm_weight, features, num_groups)
     z = (z + channels(norm_bias, features, num_groups)).flatten(1)
-    logits = (z * z.sigmoid()) @ proj_weight.to(working)[:, None] + proj_bias.to(working)
+    logits = _project(z * z.sigmoid(), proj_weight, proj_bias)
     out = features.new_empty((features.shape[0], 1)).copy_(logits)
     return _mean_softplus(logits, float(sign)), out, mean.flatten(1), rstd.flatten(1)
 
@@ -156,7 +161,7 @@ def gan_head_loss_backward_reference(
     if grad_logits is not None:
         grad_logit = grad_logits.to(working)
     if grad_loss is not None:
-        logits = activation @ projection[:, None] + proj_bias.to(working)
+        logits = _project(activation, proj_weight, proj_bias)
         slope = sign * torch.sigmoid(sign * logits)
         grad_logit = grad_logit + slope * (grad_loss / max(logits.numel(), 1))
     grad_z = grouped(grad_logit * projection * silu_slope(z), num_groups)

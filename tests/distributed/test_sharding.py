@@ -25,7 +25,7 @@ def held(tmp_path_factory):
     make_folder(folder / "data", images, samples_per_shard=22)
     config = load_config(ROOT / "ds_digits.json")
     torch.manual_seed(0)
-    settings = teacher_settings(config.teacher.training, torch.from_numpy(images).float() / 127.5 - 1)
+    settings = teacher_settings(config.teacher.training, lambda: (images / 127.5 - 1).std())
     save_denoiser(build_denoiser(settings), folder / "teacher")
     for gather in GATHER:
         values = json.loads((ROOT / "ds_digits.json").read_text())
