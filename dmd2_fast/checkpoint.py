@@ -23,6 +23,10 @@ from .runs import RunFolder, replacing
 
 STATE_FILE = "trainer.json"
 TAG = "state"
+_KINDS: dict[str, Any] = {
+    "world_size": int, "iteration": int, "skipped": dict, "in_a_row": dict, "generator_updates": int,
+    "seconds": (int, float),
+}  # fmt: skip
 
 
 def _rank_file(folder: Path, rank: Rank) -> Path:
@@ -68,11 +72,12 @@ def read_state(folder: Path, world_size: int | None = None) -> dict[str, Any]:
     """The counters of a checkpoint; `RunFolderError` when unreadable, or not of `world_size` ranks (None: any)."""
     try:
         state = json.loads((folder / STATE_FILE).read_text())
-        saved, *_ = [
-            state[name] for name in ("world_size", "iteration", "skipped", "in_a_row", "generator_updates", "seconds")
-        ]
+        for name, kind in _KINDS.items():
+            if not isinstance(state[name], kind):
+                raise ValueError(f"{name} is {state[name]!r}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunFolderError(f"checkpoint {folder}: {STATE_FILE} cannot be read: {error}. {_remedy(folder)}") from error
+    saved = state["world_size"]
     if world_size is not None and saved != world_size:
         raise RunFolderError(
             f"checkpoint {folder} was written by {saved} rank(s) and this run has {world_size}: optimizer states are "

@@ -36,6 +36,8 @@ from .runs import move_aside
 LOG_SIGMA_MEAN, LOG_SIGMA_STD = -1.2, 1.2  # EDM, table 1
 LABEL_STREAM = Stream.USER
 WARMUP_ITERATIONS = 100
+WAIT_SECONDS = 7200.0
+"""For another process that trains the same teacher, as two runs started together do: it is reused then."""
 TRAINING_FILE = "training.json"
 PREDICTIONS = {"karras": ("sample", "edm"), "ddpm": ("epsilon", "none"), "rectified_flow": ("flow", "none")}
 
@@ -99,7 +101,7 @@ def train_teacher(config: Config, *, fresh: bool = False, on_step: Callable[[int
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(training.seed)
     denoiser = build_denoiser(teacher_settings(training, lambda: read_all(config.data.path)[0].std())).to(device)
-    with acquire(folder.with_name(f".{folder.name}.lock"), str(folder)):
+    with acquire(folder.with_name(f".{folder.name}.lock"), str(folder), WAIT_SECONDS):
         if _is_there(folder, wanted, fresh):  # another process was faster
             return folder
         averaged = _run(config, training, denoiser, device, on_step)

@@ -103,7 +103,12 @@ def test_damaged_files_are_named(saved, tmp_path, file, damage):
     assert f"Remove {folder} to resume from the checkpoint before it" in message
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"iteration": 2}', "null"])
+WRONG_TYPE = json.dumps(
+    {"world_size": 1, "iteration": "2", "skipped": {}, "in_a_row": {}, "generator_updates": 1, "seconds": 2.0}
+)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"iteration": 2}', "null", WRONG_TYPE])
 def test_damaged_counters_are_named(saved, tmp_path, content):
     folder = shutil.copytree(saved[0].run.latest_checkpoint()[1], tmp_path / "iteration-000002")
     (folder / "trainer.json").write_text(content)
