@@ -13,7 +13,7 @@ else
 CONFIG ?= ds_digits.json
 endif
 
-.PHONY: options setup test train results lint clean
+.PHONY: options setup test teacher train results lint clean
 .DELETE_ON_ERROR:
 
 options:
@@ -30,14 +30,14 @@ $(STAMP): constraints.txt pyproject.toml setup.py tools/setup_env.py CMakeLists.
 test: setup
 	$(BIN)/python -m pytest tests --ignore=tests/distributed --ignore=tests/compiled
 
-train: options setup
+teacher: setup
 	$(BIN)/dmd2-fast prepare --digits --config $(CONFIG)
 	$(BIN)/dmd2-fast teacher --config $(CONFIG)
+
+train: options teacher
 	$(DEEPSPEED) --num_accelerators $(RANKS) train.py --config $(CONFIG)
 
-results: setup
-	$(BIN)/dmd2-fast prepare --digits --config $(CONFIG)
-	$(BIN)/dmd2-fast teacher --config $(CONFIG)
+results: teacher
 	$(BIN)/python -m dmd2_fast.results
 
 lint: setup

@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-from dmd2_fast.errors import UserError, write_failure
+from dmd2_fast.errors import UserError
+from dmd2_fast.failures import message_of
 from dmd2_fast.stopping import StopRequested, StopSignals
 
 DESCRIPTION = """Few-step distillation of diffusion models: everything around the training itself,
@@ -260,7 +261,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe, such as head, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
-        message = str(error) if isinstance(error, UserError) else write_failure(error)
+        message = message_of(error)
         if message is None:
             raise
         print(f"dmd2-fast: error: {message}", file=sys.stderr)

@@ -59,19 +59,16 @@ REFUSED_KEYS: dict[str, str] = {
 }
 """Keys that DeepSpeed knows and this program refuses, with the reason."""
 
-_ELSEWHERE = (
-    "the averaged weights and the networks gathered for a pass are made from each rank's plain shards on its device"
+REFUSED_ZERO_KEYS = (
+    "offload_param",
+    "offload_optimizer",
+    "cpu_offload",
+    "cpu_offload_param",
+    "zero_quantized_weights",
+    "zero_quantized_nontrainable_weights",
+    "zero_hpz_partition_size",
+    "zenflow",
 )
-REFUSED_ZERO_KEYS: dict[str, str] = {
-    "offload_param": _ELSEWHERE,
-    "offload_optimizer": _ELSEWHERE,
-    "cpu_offload": _ELSEWHERE,
-    "cpu_offload_param": _ELSEWHERE,
-    "zero_quantized_weights": _ELSEWHERE,
-    "zero_quantized_nontrainable_weights": _ELSEWHERE,
-    "zero_hpz_partition_size": _ELSEWHERE,
-    "zenflow": _ELSEWHERE,
-}
 """The same inside `zero_optimization`: refused unless they are switched off."""
 _OFF: tuple[Any, ...] = (None, False, 1, {"device": "none"}, {"device": None})
 """Values that switch such a key off; a partition of 1 is none."""
@@ -165,9 +162,12 @@ def check_deepspeed(section: dict[str, Any], own_sections: Iterable[str] = ()) -
     if not isinstance(zero, dict):
         raise ConfigError(f"zero_optimization is {show(zero)}: expected an object {{...}}.")
     _check_names(zero, ZERO_KEYS, installed_zero_keys, "zero_optimization")
-    for key, reason in REFUSED_ZERO_KEYS.items():
+    for key in REFUSED_ZERO_KEYS:
         if key in zero and (zero[key] is True or zero[key] not in _OFF):
-            raise ConfigError(f"zero_optimization.{key} {show(zero[key])} is not supported by this release: {reason}.")
+            raise ConfigError(
+                f"zero_optimization.{key} {show(zero[key])} is not supported by this release: the averaged weights and "
+                "the networks gathered for a pass are made from each rank's plain shards on its device."
+            )
     stage = zero.get("stage", 0)
     if isinstance(stage, bool) or stage != 3:
         missing = "" if "stage" in zero else " (DeepSpeed's default)"

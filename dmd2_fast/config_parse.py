@@ -121,7 +121,7 @@ def _parse_scalar(kind: type, value: Any, path: str) -> Any:
         raise ConfigError(f"{path} is {value}: expected a finite number.")
     if kind is str and not value:
         raise ConfigError(f"{path} is empty: expected a string with something in it.")
-    if isinstance(value, str) and ("\0" in value or (not value.isascii() and _has_surrogates(value))):
+    if isinstance(value, str) and ("\0" in value or _has_surrogates(value)):
         raise ConfigError(f"{path} is {value!r}: expected text that can be written to a file.")
     return value
 

@@ -55,8 +55,6 @@ def check_images(config: Config, teacher: Denoiser, split: str, image_shape: tup
             f"data.path: {folder} holds {split} images of (channels, height, width) {tuple(image_shape)}, and the "
             f"teacher in {config.model.path} takes {expected}: name other data, or another teacher."
         )
-    if known is None:
-        raise ConfigError("teacher.training.network.num_class_embeds is missing: expected the number of classes + 1.")
     if num_classes > known:
         raise ConfigError(
             f"data.path: {folder} holds {split} labels up to {num_classes - 1}, and the teacher in {config.model.path} "

@@ -8,6 +8,7 @@ Also here: the teacher's samplers, Euler and Heun on the probability-flow ODE.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -90,17 +91,18 @@ def generator_input(
     x = initial_noise(generator.schedule, steps, sample_ids, shape, key)
     if len(steps) == 1:
         return x, steps.expand(len(x))
-    # "batch" needs the index on the host, so it is drawn there: the integers are the same on every device and rank,
-    # and every rank runs as many forwards.
-    ids = sample_ids if mode == "sample" else torch.zeros(1, dtype=torch.int64)
-    index = rollout_index(len(steps), mode, ids, key)
-    last = len(steps) - 1 if mode == "sample" else int(index)
     schedule, prediction_type = generator.schedule, generator.prediction_type
     inputs = chain(generator.predict, schedule, prediction_type, steps, x, condition, sample_ids, key)
+    if mode == "batch":
+        # Needed on the host, so drawn there: the integers are the same on every device and rank, and every rank runs
+        # as many forwards.
+        last = int(rollout_index(len(steps), mode, torch.zeros(1, dtype=torch.int64), key))
+        return next(itertools.islice(inputs, last, None)), steps[last].expand(len(x))
+    index = rollout_index(len(steps), mode, sample_ids, key)
     chosen = x
-    for i, x_i in zip(range(last + 1), inputs, strict=False):
-        chosen = x_i if mode == "batch" else torch.where((index == i).reshape(-1, *[1] * len(shape)), x_i, chosen)
-    return chosen, steps[last].expand(len(x)) if mode == "batch" else steps[index]
+    for i, x_i in zip(range(len(steps)), inputs, strict=False):
+        chosen = torch.where((index == i).reshape(-1, *[1] * len(shape)), x_i, chosen)
+    return chosen, steps[index]
 
 
 def guided(teacher: Denoiser, guidance_scale: float) -> Predict:

@@ -56,20 +56,6 @@ _ABSENT = object()
 _CHECKPOINT = re.compile(r"iteration-(\d+)")
 
 
-def write_atomic(path: str | Path, data: bytes | str) -> None:
-    """Write a file so that a reader, or a crash, finds the old content or the new and never a part. Raises OSError."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """A name to write to, which becomes `path` at the end of the block; a block that fails leaves nothing behind."""
@@ -83,6 +69,14 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_atomic(path: str | Path, data: bytes | str) -> None:
+    """Write a file so that a reader, or a crash, finds the old content or the new and never a part. Raises OSError."""
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _finite(value: Any) -> Any:

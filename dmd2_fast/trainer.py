@@ -86,7 +86,7 @@ class Trainer:
         config, device = self.config, self.rank.device
         generator, fake, teacher = (load_denoiser(config.model.path).to(device) for _ in range(3))
         check_teacher(config, teacher)
-        self.denoiser, self.image_shape = generator, generator.network.image_shape
+        self.denoiser = generator
         heads = None
         if self.algorithm.adversarial:
             torch.manual_seed(config.run.seed)

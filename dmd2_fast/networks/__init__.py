@@ -113,7 +113,6 @@ def load_denoiser(folder: str | os.PathLike) -> Denoiser:
 
     denoiser = build_without_weights(read_settings(folder))
     weights = weights_file(folder)
-    check_shapes(tensor_shapes(denoiser.network.unet), weights_shapes(weights), str(weights))
     try:
         state = safetensors.torch.load_file(weights)
     except (OSError, safetensors.SafetensorError) as error:
