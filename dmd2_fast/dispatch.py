@@ -7,7 +7,7 @@ An operator is registered once, for CPU and CUDA, with a Python function that pi
     triton      Triton kernels: CUDA tensors, and CPU tensors too when asked for by name (interpreter)
 
 f64 always runs on the reference. A fallback is never silent: it is logged once, and backends() gives the reason.
-Adding a fast implementation is one line in FAST.
+Adding an operator is one name in STEMS.
 """
 
 import functools
@@ -24,13 +24,33 @@ from torch import Tensor
 
 logger = logging.getLogger("dmd2_fast")
 
-# Where the fast implementation of (operator, backend) lives: it takes the arguments of the operator's schema and
-# returns what its fake says. A cpp entry is a name in torch.ops.dmd2_fast_cpp, a triton entry "stem.function" in
-# dmd2_fast.kernels.
-FAST: dict[tuple[str, str], str] = {
-    ("r1_perturb", "cpp"): "r1_perturb",
-    ("r1_perturb", "triton"): "r1.r1_perturb",
+# The file in kernels/ that has each operator's launcher. Launchers and C++ operators have the operator's own name, take
+# the arguments of its schema and return what its fake says.
+STEMS: dict[str, tuple[str, ...]] = {
+    "noise": (
+        "philox_normal",
+        "philox_uniform",
+        "add_noise",
+        "add_noise_drawing",
+        "add_noise_backward",
+        "predict_x0",
+        "predict_x0_backward",
+        "renoise",
+    ),
+    "dmd": ("dmd_loss", "dmd_loss_backward"),
+    "denoising": ("denoising_loss", "denoising_loss_backward"),
+    "gan": (
+        "gan_generator_loss",
+        "gan_generator_loss_backward",
+        "gan_discriminator_loss",
+        "gan_discriminator_loss_backward",
+        "gan_head_loss",
+        "gan_head_loss_backward",
+    ),
+    "r1": ("r1_perturb", "r1_perturb_out", "r1_perturb_backward", "r1_penalty", "r1_penalty_backward"),
+    "norm": ("group_norm_silu", "group_norm_silu_backward"),
 }
+STEM_OF = {name: stem for stem, names in STEMS.items() for name in names}
 BACKENDS = ("reference", "cpp", "triton")
 AUTO = {"cpu": "cpp", "cuda": "triton"}
 REBUILD = "run `pip install --no-build-isolation .` in the repository"
@@ -87,18 +107,15 @@ def missing(backend: str) -> str:
 @functools.cache
 def _fast(name: str, backend: str) -> Callable[..., Any] | str:
     """The implementation of an operator in an installed backend, or the reason why there is none."""
-    target = FAST.get((name, backend))
-    if target is None:
-        return f"{name} has no {backend} implementation"
     if backend == "cpp":
-        if not hasattr(torch.ops.dmd2_fast_cpp, target):
+        if not hasattr(torch.ops.dmd2_fast_cpp, name):
             return f"the C++ extension was built without {name}: {REBUILD}"
-        return getattr(torch.ops.dmd2_fast_cpp, target)
-    module, function = target.split(".")
+        return getattr(torch.ops.dmd2_fast_cpp, name)
+    module = f"dmd2_fast.kernels.{STEM_OF[name]}"
     try:
-        return getattr(importlib.import_module(f"dmd2_fast.kernels.{module}"), function)
-    except ImportError as error:
-        return f"dmd2_fast.kernels.{module} does not import ({error})"
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        return f"{module} has no {name} ({error})"
 
 
 @functools.cache

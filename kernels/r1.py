@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._philox import STREAM_ARGUMENTS, normals, stream_arguments
+from ._store import rounded
 
 # Elements a program. From ahead-of-time compilation for sm_80 and sm_90: 128-bit accesses without spills at 4 warps.
 _BLOCK = {torch.float32: 2048, torch.bfloat16: 4096, torch.float16: 4096}
@@ -58,7 +59,7 @@ def _r1_perturb_kernel(
         n = normals(counter, sample_id, step, noise_stream, seed_low, seed_high, FAST)
     perturbed = x.to(tl.float32) + std * n
     tl.store(out_ptr + row + element, x, mask=mask)
-    tl.store(out_ptr + half + row + element, perturbed.to(x.dtype), mask=mask)
+    tl.store(out_ptr + half + row + element, rounded(perturbed, x.dtype, FAST), mask=mask)
 
 
 def _block_size(dtype: torch.dtype, num_samples: int, sample_size: int) -> int:

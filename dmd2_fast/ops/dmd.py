@@ -6,8 +6,9 @@
     loss = 0.5 mean(G^2), with d loss / d x = G / x.numel() by definition
 
 x_t cancels from F_x0 - T_x0 = c (F - T) with c = -sigma / alpha (epsilon), 1 (sample), -sigma / (alpha^2 + sigma^2)
-(v_prediction), -sigma / (alpha + sigma) (flow). The difference is the fragile quantity: it is taken and stored in f32
-(f64 for f64) until the gradient is rounded, once.
+(v_prediction), -sigma / (alpha + sigma) (flow). The difference is the fragile quantity: it is taken in f32 (f64 for
+f64), where nothing cancels, and kept for the backward pass in x's dtype: forward and backward together then move each
+tensor once, at the price of a second rounding where the gradient is scaled.
 
 Shapes: x, x_t and predictions (N, *), coefficients and weights (N,) f32. The loss is f32 (f64 for f64), the gradient
 has x's dtype. Non-finite values surface. Errors: ValueError by argument.
@@ -44,7 +45,7 @@ def dmd_loss_reference(
     sample_weight: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss (), F_x0 - T_x0 (N, *), h / m (N,)), all in the working dtype."""
+    """(loss (), F_x0 - T_x0 (N, *) in x's dtype, h / m (N,)), loss and h / m in the working dtype."""
     working = working_dtype(x)
     alpha, sigma = per_sample(alpha, x), per_sample(sigma, x)
     fake, teacher = fake_prediction.to(working), teacher_prediction.to(working)
@@ -61,20 +62,20 @@ def dmd_loss_reference(
     zero = torch.zeros((), dtype=working, device=x.device)
     difference = x0_from(zero, fake - teacher, alpha, sigma, prediction_type)
     loss = 0.5 * (difference * per_sample(scale, x)).square().mean()
-    return loss, store(difference, x, working), scale
+    return loss, store(difference, x), scale
 
 
-def dmd_loss_backward_reference(grad: Tensor, difference: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """grad * G / numel, rounded once to dtype."""
+def dmd_loss_backward_reference(grad: Tensor, difference: Tensor, scale: Tensor) -> Tensor:
+    """grad * G / numel (N, *)."""
     factor = per_sample(scale, difference) * (grad / max(difference.numel(), 1))
-    return store(difference * factor, difference, dtype)
+    return store(difference.to(working_dtype(difference)) * factor, difference)
 
 
 def _fake(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     working = working_dtype(x)
     return (
         x.new_empty((), dtype=working),
-        torch.empty_like(x, dtype=working),
+        torch.empty_like(x),
         x.new_empty((x.shape[0],), dtype=working),
     )
 
@@ -84,19 +85,18 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(difference, scale)
     ctx.save_for_backward(difference, scale)
-    ctx.dtype = inputs[0].dtype
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    grad_x = None if grad is None else _dmd_loss_backward(grad, *ctx.saved_tensors, ctx.dtype)
+    grad_x = None if grad is None else _dmd_loss_backward(grad, *ctx.saved_tensors)
     return grad_x, *[None] * 10
 
 
 _dmd_loss_backward = define(
     "dmd_loss_backward",
-    "(Tensor grad, Tensor difference, Tensor scale, ScalarType dtype) -> Tensor",
+    "(Tensor grad, Tensor difference, Tensor scale) -> Tensor",
     reference=dmd_loss_backward_reference,
-    fake=lambda grad, difference, scale, dtype: torch.empty_like(difference, dtype=dtype),
+    fake=lambda grad, difference, scale: torch.empty_like(difference),
 )
 _dmd_loss = define(
     "dmd_loss",
