@@ -60,26 +60,4 @@ inline NoiseStream noise_stream(int64_t seed, int64_t step, int64_t stream) {
           static_cast<uint32_t>(stream)};
 }
 
-// sample_ids as 32-bit words; positions 0 .. n - 1 where none are given.
-inline std::vector<uint32_t> sample_id_words(const std::optional<Tensor>& sample_ids, int64_t n) {
-  std::vector<uint32_t> words(n);
-  if (!sample_ids.has_value()) {
-    for (int64_t i = 0; i < n; ++i) {
-      words[i] = static_cast<uint32_t>(i);
-    }
-    return words;
-  }
-  const Tensor& given = *sample_ids;
-  check(given.is_cpu(), "sample_ids is not on the CPU: expected the device of the samples");
-  check(given.scalar_type() == ScalarType::Long, "sample_ids has another dtype than int64: expected int64");
-  check(given.dim() == 1 && given.size(0) == n, "sample_ids has shape ", shape_text(given), ": expected (", n, ",)");
-  const Tensor ids = torch::stable::contiguous(given);
-  const auto* values = ids.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < n; ++i) {
-    check(values[i] >= 0 && values[i] <= 0xFFFFFFFFll, "sample_ids[", i, "] is ", values[i], ": expected 0 <= id < 2^32");
-    words[i] = static_cast<uint32_t>(values[i]);
-  }
-  return words;
-}
-
 }  // namespace dmd2_fast

@@ -93,19 +93,20 @@ def test_cpp_passes_non_finite_values_on(cpp):
     assert torch.isnan(out[:, 0]).all() and torch.isinf(out[:, 1]).all() and (out[:, 2] == 1).all()
 
 
-X, STD = torch.zeros(2, 3), torch.ones(2)
+X, STD, IDS = torch.zeros(2, 3), torch.ones(2), torch.arange(2)
 BAD = [
-    ((X.double(), STD, None, 0, 0, 0, None), "x_t has an unsupported dtype"),
-    ((torch.tensor(1.0), STD, None, 0, 0, 0, None), "x_t has no batch dimension"),
-    ((X, STD.double(), None, 0, 0, 0, None), "std has another dtype"),
-    ((X, torch.ones(3), None, 0, 0, 0, None), r"std has shape \(3\): expected \(2,\)"),
+    ((X.double(), STD, None, 0, 0, 0, IDS), "x_t has an unsupported dtype"),
+    ((torch.tensor(1.0), STD, None, 0, 0, 0, IDS), "x_t has no batch dimension"),
+    ((X, STD.double(), None, 0, 0, 0, IDS), "std has another dtype"),
+    ((X, torch.ones(3), None, 0, 0, 0, IDS), r"std has shape \(3\): expected \(2,\)"),
     ((X, STD, torch.zeros(2, 4), 0, 0, 0, None), r"noise has shape \(2, 4\): expected \(2, 3\)"),
-    ((X, STD, X, 0, 0, 0, torch.arange(2)), "both noise and sample_ids"),
-    ((X, STD, None, 0, -1, 0, None), "step is -1"),
-    ((X, STD, None, 0, 0, 2**32, None), "stream is 4294967296"),
+    ((X, STD, X, 0, 0, 0, IDS), "noise and sample_ids: expected one of the two"),
+    ((X, STD, None, 0, 0, 0, None), "noise and sample_ids: expected one of the two"),
+    ((X, STD, None, 0, -1, 0, IDS), "step is -1"),
+    ((X, STD, None, 0, 0, 2**32, IDS), "stream is 4294967296"),
     ((X, STD, None, 0, 0, 0, torch.arange(3)), r"sample_ids has shape \(3\)"),
     ((X, STD, None, 0, 0, 0, torch.tensor([0, -1])), r"sample_ids\[1\] is -1"),
-    ((X, STD, None, 0, 0, 0, torch.arange(2).int()), "sample_ids has another dtype"),
+    ((X, STD, None, 0, 0, 0, IDS.int()), "sample_ids has another dtype"),
 ]
 
 

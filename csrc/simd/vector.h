@@ -1,0 +1,229 @@
+// Vectors of one instruction set, for kernels.cpp, which is compiled once for each: a GCC/Clang vector type, and the few
+// operations that the compiler does not find by itself.
+//
+// Nothing of torch or the standard library's templates may be used in this folder: the linker keeps one copy of an inline
+// function, and that could be the one compiled for an instruction set that the machine lacks.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#include "../arguments.h"
+
+#if defined(__AVX512F__)
+#define DMD2_FAST_ISA avx512
+#define DMD2_FAST_BYTES 64
+#elif defined(__AVX2__)
+#define DMD2_FAST_ISA avx2
+#define DMD2_FAST_BYTES 32
+#else
+#define DMD2_FAST_ISA portable
+#define DMD2_FAST_BYTES 16
+#endif
+
+namespace dmd2_fast::DMD2_FAST_ISA {
+
+// f32 lanes of a vector, and vectors of as many lanes.
+constexpr int kWidth = DMD2_FAST_BYTES / 4;
+typedef float Vector __attribute__((vector_size(DMD2_FAST_BYTES)));
+typedef int32_t Ints __attribute__((vector_size(DMD2_FAST_BYTES)));
+typedef uint32_t Words __attribute__((vector_size(DMD2_FAST_BYTES)));
+typedef uint16_t Halves __attribute__((vector_size(DMD2_FAST_BYTES / 2)));
+// 32-bit words in 64-bit lanes, for products of 64 bits: half as many.
+typedef uint64_t Wide __attribute__((vector_size(DMD2_FAST_BYTES)));
+
+inline Vector all(float value) { return value - Vector{}; }
+
+// a * b + c, rounded once where the instruction set can. Elsewhere twice: use it where either will do.
+inline Vector fused(Vector a, Vector b, Vector c) {
+#if defined(__AVX512F__)
+  return (Vector)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+  return (Vector)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
+inline Vector root(Vector x) {
+#if defined(__AVX512F__)
+  return (Vector)_mm512_sqrt_ps((__m512)x);
+#elif defined(__AVX2__)
+  return (Vector)_mm256_sqrt_ps((__m256)x);
+#elif defined(__SSE2__)
+  return (Vector)_mm_sqrt_ps((__m128)x);
+#else
+  for (int i = 0; i < kWidth; ++i) {
+    x[i] = __builtin_sqrtf(x[i]);
+  }
+  return x;
+#endif
+}
+
+// The 64-bit products of the low words of each lane.
+inline Wide wide_product(Wide a, Wide b) {
+#if defined(__AVX512F__)
+  return (Wide)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (Wide)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+  return (Wide)_mm_mul_epu32((__m128i)a, (__m128i)b);
+#else
+  return (a & 0xFFFFFFFFu) * (b & 0xFFFFFFFFu);
+#endif
+}
+
+inline Vector absolute(Vector x) { return (Vector)((Words)x & 0x7FFFFFFFu); }
+
+// a where the mask is all ones, b where it is zero.
+inline Vector select(Ints mask, Vector a, Vector b) { return mask ? a : b; }
+
+// The sum of the lanes, halves upon halves.
+inline float sum(Vector x) {
+  float lanes[kWidth];
+  std::memcpy(lanes, &x, sizeof lanes);
+  for (int width = kWidth / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) {
+      lanes[i] += lanes[i + width];
+    }
+  }
+  return lanes[0];
+}
+
+// --- loads and stores: T is float, BFloat16 or Float16 ---
+
+inline Vector widen(Halves bits, BFloat16) { return (Vector)(__builtin_convertvector(bits, Words) << 16); }
+
+inline Halves narrow(Vector x, BFloat16) {
+  const Words bits = (Words)x;
+  const Words rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
+  const Words quiet = (bits >> 16) | 0x40u;                            // a NaN must stay one
+  return __builtin_convertvector(x == x ? rounded : quiet, Halves);
+}
+
+#if defined(__AVX512F__)
+inline Vector widen(Halves bits, Float16) { return (Vector)_mm512_cvtph_ps((__m256i)bits); }
+inline Halves narrow(Vector x, Float16) { return (Halves)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT); }
+#elif defined(__AVX2__)
+inline Vector widen(Halves bits, Float16) { return (Vector)_mm256_cvtph_ps((__m128i)bits); }
+inline Halves narrow(Vector x, Float16) { return (Halves)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT); }
+#else
+inline Vector widen(Halves bits, Float16) {
+  const Words h = __builtin_convertvector(bits, Words);
+  const Words sign = (h & 0x8000u) << 16;
+  // The exponent of f16 read as one of f32 is 112 too small; a product mends it, for subnormals too.
+  const Vector scaled = (Vector)((h & 0x7FFFu) << 13) * 0x1p112f;
+  const Words magnitude = (h & 0x7C00u) == 0x7C00u ? (Words)scaled | 0x7F800000u : (Words)scaled;
+  return (Vector)(magnitude | sign);
+}
+inline Halves narrow(Vector x, Float16) {
+  const Words sign = ((Words)x >> 16) & 0x8000u;
+  const Words magnitude = (Words)x & 0x7FFFFFFFu;
+  // Normal: rebase the exponent and round the 13 bits that go. Subnormal: the sum with 1/2 lets the adder round.
+  const Words normal = (magnitude - (112u << 23) + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13;
+  const Words small = (Words)((Vector)magnitude + 0.5f) - 0x3F000000u;
+  Words h = magnitude < 0x38800000u ? small : normal;
+  h = magnitude >= 0x477FF000u ? h * 0u + 0x7C00u : h;
+  h = magnitude > 0x7F800000u ? (magnitude >> 13 & 0x3FFu) | 0x7E00u : h;
+  return __builtin_convertvector(h | sign, Halves);
+}
+#endif
+
+// Element `offset` of an untyped tensor; null stays null.
+template <typename T>
+const T* at(const void* start, int64_t offset) {
+  return start ? static_cast<const T*>(start) + offset : nullptr;
+}
+template <typename T>
+T* at(void* start, int64_t offset) {
+  return start ? static_cast<T*>(start) + offset : nullptr;
+}
+
+inline Vector load(const float* from) {
+  Vector x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+
+template <typename T>
+inline Vector load(const T* from) {
+  Halves bits;
+  std::memcpy(&bits, from, sizeof bits);
+  return widen(bits, T{});
+}
+
+inline void store(float* to, Vector x) { std::memcpy(to, &x, sizeof x); }
+
+template <typename T>
+inline void store(T* to, Vector x) {
+  const Halves bits = narrow(x, T{});
+  std::memcpy(to, &bits, sizeof bits);
+}
+
+// The first `count` lanes, 0 < count <= kWidth; the other lanes of a load are zero.
+template <typename T>
+inline Vector load_part(const T* from, int64_t count) {
+  T lanes[kWidth] = {};
+  std::memcpy(lanes, from, count * sizeof(T));
+  return load(lanes);
+}
+
+template <typename T>
+inline void store_part(T* to, Vector x, int64_t count) {
+  T lanes[kWidth];
+  store(lanes, x);
+  std::memcpy(to, lanes, count * sizeof(T));
+}
+
+template <typename T>
+inline Vector load_up_to(const T* from, int64_t count) {
+  return count >= kWidth ? load(from) : load_part(from, count);
+}
+
+template <typename T>
+inline void store_up_to(T* to, Vector x, int64_t count) {
+  if (count >= kWidth) {
+    store(to, x);
+  } else {
+    store_part(to, x, count);
+  }
+}
+
+// Lanes below `count` keep their value, the others become zero.
+inline Vector keep_first(Vector x, int64_t count) {
+  Ints lane;
+  for (int i = 0; i < kWidth; ++i) {
+    lane[i] = i;
+  }
+  return select(lane < (int32_t)count, x, Vector{});
+}
+
+// --- functions; polynomials are minimax fits, their errors stated ---
+
+// exp(x) to 2e-7 relative for x in [-87, 88]; below it stays at 1e-38, above at 2e38; NaN stays NaN.
+inline Vector exponential(Vector x) {
+  const Vector low = all(-87.0f), high = all(88.0f);
+  const Vector bounded = x < low ? low : (x > high ? high : x);
+  const Vector shifted = fused(bounded, all(1.44269504f), all(12582912.0f));  // 1.5 * 2^23: rounds to an integer
+  const Vector whole = shifted - 12582912.0f;
+  Vector rest = fused(whole, all(-0.693145751953125f), bounded);
+  rest = fused(whole, all(-1.42860677e-6f), rest);
+  Vector y = all(1.3888889e-3f);
+  y = fused(y, rest, all(8.3333338e-3f));
+  y = fused(y, rest, all(4.1666668e-2f));
+  y = fused(y, rest, all(1.6666667e-1f));
+  y = fused(y, rest, all(0.5f));
+  y = fused(y, rest, all(1.0f));
+  y = fused(y, rest, all(1.0f));
+  const Vector scale = (Vector)(((Words)shifted << 23) + 0x3F800000u);
+  return y * scale;
+}
+
+inline Vector sigmoid(Vector x) { return 1.0f / (1.0f + exponential(-x)); }
+
+}  // namespace dmd2_fast::DMD2_FAST_ISA
