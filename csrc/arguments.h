@@ -42,9 +42,11 @@ struct Affine {
 struct DmdLoss {
   const void *x, *x_t, *fake, *teacher, *uncond;  // uncond may be null
   void* difference;
-  const float *x_t_scale, *prediction_scale;  // (N,): T_x0 = first x_t + second T, F_x0 - T_x0 = second (F - T)
+  // (N,) each: divisor (x - T_x0) = divisor x - (x_t_scale x_t + prediction_scale T), whose factors are exact but for the
+  // divisor's, and F_x0 - T_x0 = difference_scale (F - T).
+  const float *divisor, *x_t_scale, *prediction_scale, *difference_scale;
   float guidance;
-  float *absolute, *squares;  // sums of |x - T_x0| and (F - T)^2, one a tile
+  float *absolute, *squares;  // sums of divisor |x - T_x0| and of (F - T)^2, one a tile
   int64_t size, tiles;        // tiles a sample
 };
 

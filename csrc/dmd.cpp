@@ -12,19 +12,22 @@ std::tuple<Tensor, Tensor, Tensor> dmd_loss(Tensor x, Tensor x_t, Tensor fake, T
                        {pointer(uncond), "teacher_uncond_prediction"}}, false);
   const int64_t n = images.num_samples(), tiles = images.tiles();
   auto x_t_scale = coefficients(alpha, "alpha", n), prediction_scale = coefficients(sigma, "sigma", n);
-  std::vector<double> exact_scale(n);
+  std::vector<X0> x0(n);
+  std::vector<float> divisor(n), difference_scale(n);
   for (int64_t i = 0; i < n; ++i) {
-    const X0Scales x0 = x0_scales(prediction_type, x_t_scale[i], prediction_scale[i]);
-    x_t_scale[i] = static_cast<float>(x0.x_t);
-    exact_scale[i] = x0.prediction;
-    prediction_scale[i] = static_cast<float>(x0.prediction);
+    x0[i] = x0_from(prediction_type, x_t_scale[i], prediction_scale[i]);
+    x_t_scale[i] = static_cast<float>(x0[i].x_t);
+    prediction_scale[i] = static_cast<float>(x0[i].prediction);
+    divisor[i] = static_cast<float>(x0[i].divisor);
+    difference_scale[i] = static_cast<float>(x0[i].prediction / x0[i].divisor);
   }
   const auto weight = sample_weight.has_value() ? coefficients(*sample_weight, "sample_weight", n) : std::vector<float>(n, 1.0f);
   std::vector<float> absolute(n * tiles), squares(n * tiles);
   Tensor difference = images.output();
   const DmdLoss arguments{.x = images.data(0), .x_t = images.data(1), .fake = images.data(2), .teacher = images.data(3),
                           .uncond = images.data(4), .difference = difference.mutable_data_ptr(),
-                          .x_t_scale = x_t_scale.data(), .prediction_scale = prediction_scale.data(), .guidance = static_cast<float>(guidance_scale),
+                          .divisor = divisor.data(), .x_t_scale = x_t_scale.data(), .prediction_scale = prediction_scale.data(),
+                          .difference_scale = difference_scale.data(), .guidance = static_cast<float>(guidance_scale),
                           .absolute = absolute.data(), .squares = squares.data(), .size = images.size(), .tiles = tiles};
   images.for_tiles([&](int64_t tile) { kernels().dmd_loss(images.dtype(), arguments, tile); });
 
@@ -38,9 +41,11 @@ std::tuple<Tensor, Tensor, Tensor> dmd_loss(Tensor x, Tensor x_t, Tensor fake, T
       distance += absolute[tile];
       square += squares[tile];
     }
-    const double weighted = weight[i] / (distance / static_cast<double>(images.size()) + eps);
+    const double mean = distance / std::abs(x0[i].divisor) / static_cast<double>(images.size());
+    const double weighted = weight[i] / (mean + eps);
     scales[i] = static_cast<float>(weighted);
-    total += square * (exact_scale[i] * weighted) * (exact_scale[i] * weighted);
+    const double slope = x0[i].prediction / x0[i].divisor * weighted;
+    total += square * slope * slope;
   }
   return {scalar(x, 0.5 * total / static_cast<double>(x.numel())), images.finished(difference), scale};
 }

@@ -225,18 +225,18 @@ class KeyedNoise {
   Noise noise_{};
 };
 
-// x0 = first x_t + second prediction, per sample; dmd2_fast/ops/noise.py has the table.
-struct X0Scales {
-  double x_t, prediction;
+// x0 = (x_t * first + prediction * second) / divisor, per sample; dmd2_fast/ops/noise.py has the table.
+struct X0 {
+  double x_t, prediction, divisor;
 };
 
-inline X0Scales x0_scales(int64_t prediction_type, double alpha, double sigma) {
+inline X0 x0_from(int64_t prediction_type, double alpha, double sigma) {
   check(prediction_type >= kEpsilon && prediction_type <= kFlow, "prediction_type is ", prediction_type, ": expected 0 to 3");
   switch (prediction_type) {
-    case kEpsilon: return {1.0 / alpha, -sigma / alpha};
-    case kVPrediction: return {alpha / (alpha * alpha + sigma * sigma), -sigma / (alpha * alpha + sigma * sigma)};
-    case kFlow: return {1.0 / (alpha + sigma), -sigma / (alpha + sigma)};
-    default: return {0.0, 1.0};
+    case kEpsilon: return {1.0, -sigma, alpha};
+    case kVPrediction: return {alpha, -sigma, alpha * alpha + sigma * sigma};
+    case kFlow: return {1.0, -sigma, alpha + sigma};
+    default: return {0.0, 1.0, 1.0};
   }
 }
 

@@ -121,10 +121,10 @@ Tensor predicted(const Tensor& x_t, const Tensor& prediction, const Tensor& alph
   const std::vector<float> scale = next ? coefficients(next->alpha, "next_alpha", n) : std::vector<float>(n, 1.0f);
   const std::vector<float> c = next ? coefficients(next->sigma, "next_sigma", n) : std::vector<float>(n, 0.0f);
   for (int64_t i = 0; i < n; ++i) {
-    const X0Scales x0 = x0_scales(prediction_type, a[i], b[i]);
+    const X0 x0 = x0_from(prediction_type, a[i], b[i]);
     const bool is_lacking = !noise && !is_keyed && c[i] != 0.0f;  // noise is due and there is none
-    a[i] = static_cast<float>(scale[i] * x0.x_t);
-    b[i] = is_lacking ? NAN : static_cast<float>(scale[i] * x0.prediction);
+    a[i] = static_cast<float>(scale[i] * x0.x_t / x0.divisor);
+    b[i] = is_lacking ? NAN : static_cast<float>(scale[i] * x0.prediction / x0.divisor);
   }
   std::optional<KeyedNoise> key;
   if (is_keyed) {
@@ -160,9 +160,9 @@ std::tuple<Tensor, Tensor> predict_x0_backward(Tensor grad, Tensor alpha, Tensor
   auto a = coefficients(alpha, "alpha", n), b = coefficients(sigma, "sigma", n);
   const auto factor = scale.has_value() ? coefficients(*scale, "scale", n) : std::vector<float>(n, 1.0f);
   for (int64_t i = 0; i < n; ++i) {
-    const X0Scales x0 = x0_scales(prediction_type, a[i], b[i]);
-    a[i] = static_cast<float>(factor[i] * x0.x_t);
-    b[i] = static_cast<float>(factor[i] * x0.prediction);
+    const X0 x0 = x0_from(prediction_type, a[i], b[i]);
+    a[i] = static_cast<float>(factor[i] * x0.x_t / x0.divisor);
+    b[i] = static_cast<float>(factor[i] * x0.prediction / x0.divisor);
   }
   const auto result = [&](const std::vector<float>& slope, std::optional<ScalarType> type) {
     if (!type.has_value()) {

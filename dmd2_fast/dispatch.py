@@ -195,7 +195,7 @@ class Operator:
         return self.run(*arguments)
 
     def run(self, *arguments: Any) -> Any:
-        """Runs the operator's implementation for these arguments, without a graph: what the dispatcher comes down to."""
+        """Runs the implementation for these arguments, without a graph: what the dispatcher comes down to."""
         if self.check is not None:
             self.check(*arguments)
         device, is_double = "cpu", False

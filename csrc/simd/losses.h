@@ -22,53 +22,40 @@ class DmdKernel {
         teacher_(at<T>(arguments.teacher, offset_)),
         uncond_(at<T>(arguments.uncond, offset_)),
         difference_(at<T>(arguments.difference, offset_)),
+        divisor_(all(arguments.divisor[sample])),
         x_t_scale_(all(arguments.x_t_scale[sample])),
+        difference_scale_(all(arguments.difference_scale[sample])),
         prediction_scale_(all(arguments.prediction_scale[sample])),
         guidance_(all(arguments.guidance)),
         // x_t must not be looked at where it does not count: 0 times infinity is NaN.
         skips_x_t_(arguments.x_t_scale[sample] == 0.0f) {}
 
   void run(Range range, float* absolute_sum, float* square_sum) const {
-    Vector absolutes{}, squares{};
-    int64_t i = range.begin;
-    for (; i + kWidth <= range.end; i += kWidth) {
-      Vector distance, gap;
-      step([i](const T* from) { return load(from + i); }, &distance, &gap);
-      store(difference_ + i, prediction_scale_ * gap);
-      absolutes += distance;
-      squares += gap * gap;
-    }
-    if (const int64_t left = range.end - i; left > 0) {
-      Vector distance, gap;
-      step([i, left](const T* from) { return load_part(from + i, left); }, &distance, &gap);
-      store_part(difference_ + i, prediction_scale_ * gap, left);
-      absolutes += keep_first(distance, left);
-      squares += keep_first(gap * gap, left);
-    }
-    *absolute_sum = sum(absolutes);
-    *square_sum = sum(squares);
+    Two absolutes{}, squares{};
+    for_twos(range.begin, range.end, [&](int64_t i, auto count) {
+      Two teacher = load_two(teacher_ + i, count);
+      if constexpr (kGuided) {
+        const Two uncond = load_two(uncond_ + i, count);
+        teacher = fused(guidance_, teacher - uncond, uncond);
+      }
+      Two teacher_x0 = prediction_scale_ * teacher;  // times the divisor
+      if (!skips_x_t_) {
+        teacher_x0 = fused(x_t_scale_, load_two(x_t_ + i, count), teacher_x0);
+      }
+      const Two gap = load_two(fake_ + i, count) - teacher;
+      store_two(difference_ + i, difference_scale_ * gap, count);
+      absolutes = absolutes + keep<T>(absolute(divisor_ * load_two(x_ + i, count) - teacher_x0), count);
+      squares = squares + keep<T>({gap.a * gap.a, gap.b * gap.b}, count);
+    });
+    *absolute_sum = sum(absolutes.a + absolutes.b);
+    *square_sum = sum(squares.a + squares.b);
   }
 
  private:
-  template <typename Load>
-  void step(const Load& at, Vector* distance, Vector* gap) const {
-    Vector teacher = at(teacher_);
-    if constexpr (kGuided) {
-      const Vector uncond = at(uncond_);
-      teacher = uncond + guidance_ * (teacher - uncond);
-    }
-    Vector teacher_x0 = prediction_scale_ * teacher;
-    if (!skips_x_t_) {
-      teacher_x0 += x_t_scale_ * at(x_t_);
-    }
-    *distance = absolute(at(x_) - teacher_x0);
-    *gap = at(fake_) - teacher;
-  }
-
   int64_t offset_;
   const T *x_, *x_t_, *fake_, *teacher_, *uncond_;
   T* difference_;
-  Vector x_t_scale_, prediction_scale_, guidance_;
+  Vector divisor_, x_t_scale_, difference_scale_, prediction_scale_, guidance_;
   bool skips_x_t_;
 };
 
@@ -97,38 +84,29 @@ class DenoisingKernel {
         weight_(all(arguments.weight[sample])) {}
 
   float run(const DenoisingLoss& arguments, Range range) const {
-    Vector squares{};
+    Two squares{};
     if constexpr (kKeyed) {
       const Stream stream(*arguments.key, range.sample);
-      for (int64_t i = range.begin; i < range.end; i += kNormals) {
-        Vector low, high;
-        normals(stream, i / 4, &low, &high);
-        step(i, low, range.end - i, &squares);
-        step(i + kWidth, high, range.end - i - kWidth, &squares);
-      }
+      for_twos(range.begin, range.end, [&](int64_t i, auto count) { step(i, normals<T>(stream, i), count, &squares); });
     } else {
-      for (int64_t i = range.begin; i < range.end; i += kWidth) {
-        const int64_t left = range.end - i;
-        step(i, noise_ ? load_up_to(noise_ + i, left) : Vector{}, left, &squares);
-      }
+      for_twos(range.begin, range.end, [&](int64_t i, auto count) {
+        step(i, noise_ ? load_two(noise_ + i, count) : Two{}, count, &squares);
+      });
     }
-    return sum(squares);
+    return sum(squares.a + squares.b);
   }
 
  private:
-  void step(int64_t i, Vector n, int64_t left, Vector* squares) const {
-    if (left <= 0) {
-      return;
-    }
-    Vector target = noise_scale_ * n;
+  template <typename Count>
+  void step(int64_t i, Two n, Count count, Two* squares) const {
+    Two target = noise_scale_ * n;
     if (x0_) {
-      target = target + x0_scale_ * load_up_to(x0_ + i, left);
+      target = target + x0_scale_ * load_two(x0_ + i, count);
     }
-    const Vector residual = load_up_to(prediction_ + i, left) - target;
-    const Vector weighted = weight_ * residual;
-    store_up_to(residual_ + i, weighted, left);
-    const Vector square = weighted * residual;
-    *squares += left >= kWidth ? square : keep_first(square, left);
+    const Two residual = load_two(prediction_ + i, count) - target;
+    const Two weighted = weight_ * residual;
+    store_two(residual_ + i, kIsByParity<T> ? interleaved(weighted) : weighted, count);
+    *squares = *squares + keep<T>({weighted.a * residual.a, weighted.b * residual.b}, count);
   }
 
   int64_t offset_;

@@ -7,38 +7,19 @@ namespace dmd2_fast::DMD2_FAST_ISA {
 
 enum class Source { kNone, kGiven, kKeyed };
 
-// Writes blocks of kNormals numbers, draw(counter, &low, &high) giving two vectors of them.
-template <typename T, typename Draw>
-void fill(T* out, Range range, const Draw& draw) {
-  Vector low, high;
-  int64_t i = range.begin;
-  for (; i + kNormals <= range.end; i += kNormals) {
-    draw(i / 4, &low, &high);
-    store(out + i, low);
-    store(out + i + kWidth, high);
-  }
-  if (const int64_t left = range.end - i; left > 0) {
-    draw(i / 4, &low, &high);
-    store_up_to(out + i, low, left);
-    if (left > kWidth) {
-      store_part(out + i + kWidth, high, left - kWidth);
-    }
-  }
-}
-
 template <typename T>
 void normal(const Noise& noise, T* out, int64_t size, Range range) {
   const Stream stream(noise, range.sample);
-  fill(out + range.sample * size, range, [&](uint64_t counter, Vector* low, Vector* high) {
-    normals(stream, counter, low, high);
-  });
+  out += range.sample * size;
+  for_twos(range.begin, range.end, [&](int64_t i, auto count) { store_two(out + i, normals<T>(stream, i), count); });
 }
 
 inline void uniform(const Noise& noise, float* out, int64_t size, Range range) {
   const Stream stream(noise, range.sample);
-  fill(out + range.sample * size, range, [&](uint64_t counter, Vector* low, Vector* high) {
-    const Pairs words = stream.pairs(counter);
-    interleave(uniform_of(words.radius), uniform_of(words.angle), low, high);
+  out += range.sample * size;
+  for_twos(range.begin, range.end, [&](int64_t i, auto count) {
+    const Pairs words = stream.pairs(i / 4);
+    store_two(out + i, interleaved({uniform_of(words.radius), uniform_of(words.angle)}), count);
   });
 }
 
@@ -59,69 +40,32 @@ class AffineKernel {
   void run(const Affine& arguments, Range range) const {
     if constexpr (kSource == Source::kKeyed) {
       const Stream stream(*arguments.key, range.sample);
-      int64_t i = range.begin;
-      for (; i + kNormals <= range.end; i += kNormals) {
-        Vector low, high;
-        normals(stream, i / 4, &low, &high);
-        full(i, low);
-        full(i + kWidth, high);
-      }
-      if (i < range.end) {
-        Vector low, high;
-        normals(stream, i / 4, &low, &high);
-        part(i, low, range.end - i);
-        part(i + kWidth, high, range.end - i - kWidth);
-      }
+      for_twos(range.begin, range.end, [&](int64_t i, auto count) { step(i, normals<T>(stream, i), count); });
+    } else if constexpr (kSource == Source::kGiven) {
+      for_twos(range.begin, range.end, [&](int64_t i, auto count) { step(i, load_two(noise_ + i, count), count); });
     } else {
-      int64_t i = range.begin;
-      for (; i + kWidth <= range.end; i += kWidth) {
-        full(i, kSource == Source::kGiven ? load(noise_ + i) : Vector{});
-      }
-      const int64_t left = range.end - i;
-      if (left > 0) {
-        part(i, kSource == Source::kGiven ? load_part(noise_ + i, left) : Vector{}, left);
-      }
+      for_twos(range.begin, range.end, [&](int64_t i, auto count) { step(i, Two{}, count); });
     }
   }
 
  private:
-  Vector combine(Vector x, Vector y, Vector n) const {
-    Vector result = a_ * x;
+  template <typename Count>
+  void step(int64_t i, Two n, Count count) const {
+    const Two x = load_two(x_ + i, count);
+    if (copy_) {
+      store_two(copy_ + i, x, count);
+    }
+    Two result = a_ * x;
     if constexpr (kSecond) {
-      result = result + b_ * y;
+      result = fused(b_, load_two(y_ + i, count), result);
     }
     if constexpr (kSource != Source::kNone) {
-      result = result + c_ * n;
+      result = fused(c_, n, result);
+      if (drawn_) {
+        store_two(drawn_ + i, n, count);
+      }
     }
-    return result;
-  }
-
-  void full(int64_t i, Vector n) const {
-    const Vector x = load(x_ + i);
-    store(out_ + i, combine(x, kSecond ? load(y_ + i) : Vector{}, n));
-    if (copy_) {
-      std::memcpy(copy_ + i, x_ + i, kWidth * sizeof(T));
-    }
-    if (drawn_) {
-      store(drawn_ + i, n);
-    }
-  }
-
-  void part(int64_t i, Vector n, int64_t left) const {
-    if (left <= 0) {
-      return;
-    }
-    if (left >= kWidth) {
-      return full(i, n);
-    }
-    const Vector x = load_part(x_ + i, left);
-    store_part(out_ + i, combine(x, kSecond ? load_part(y_ + i, left) : Vector{}, n), left);
-    if (copy_) {
-      std::memcpy(copy_ + i, x_ + i, left * sizeof(T));
-    }
-    if (drawn_) {
-      store_part(drawn_ + i, n, left);
-    }
+    store_two(out_ + i, result, count);
   }
 
   const T *x_, *y_, *noise_;
@@ -147,8 +91,12 @@ void affine(const Affine& arguments, Range range) {
 
 template <typename T>
 void scale(const float* x, float factor, T* out, int64_t count) {
-  for (int64_t i = 0; i < count; i += kWidth) {
-    store_up_to(out + i, load_up_to(x + i, count - i) * factor, count - i);
+  int64_t i = 0;
+  for (; i + kWidth <= count; i += kWidth) {
+    store(out + i, load(x + i) * factor);
+  }
+  if (i < count) {
+    store_part(out + i, load_part(x + i, count - i) * factor, count - i);
   }
 }
 

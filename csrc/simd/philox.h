@@ -5,9 +5,8 @@
 
 namespace dmd2_fast::DMD2_FAST_ISA {
 
-// Counters a call of `Stream::words` takes: one a 64-bit lane. Four normals each, so two vectors of normals.
+// Counters taken at a time: one a 64-bit lane. Four normals each, so two vectors of normals.
 constexpr int kCounters = kWidth / 2;
-constexpr int kNormals = 4 * kCounters;
 
 // The words of kCounters counters: radius holds (w0, w2) of each counter in turn, angle (w1, w3).
 struct Pairs {
@@ -60,26 +59,9 @@ inline Vector uniform_of(Words words) {
   return value * 0x1p-32f + 0x1p-33f;
 }
 
-// a0 b0 a1 b1 ..: the first and second half of it.
-inline void interleave(Vector a, Vector b, Vector* low, Vector* high) {
-  Ints first, second;
-  for (int i = 0; i < kWidth; ++i) {
-    first[i] = i / 2 + (i % 2) * kWidth;
-    second[i] = first[i] + kWidth / 2;
-  }
-#if defined(__clang__)
-  for (int i = 0; i < kWidth; ++i) {
-    (*low)[i] = i % 2 ? b[i / 2] : a[i / 2];
-    (*high)[i] = i % 2 ? b[(i + kWidth) / 2] : a[(i + kWidth) / 2];
-  }
-#else
-  *low = __builtin_shuffle(a, b, first);
-  *high = __builtin_shuffle(a, b, second);
-#endif
-}
-
 // Box-Muller. Polynomials are minimax fits: -2 ln m / (m - 1) to 1.7e-7, sine and cosine to 3e-8 on half a turn.
-inline void normals_of(Pairs words, Vector* low, Vector* high) {
+// The even and the odd normals.
+inline Two normals_of(Pairs words) {
   const Vector u = uniform_of(words.radius);
   const Ints bits = (Ints)u;
   const Ints exponent = (bits - 0x3F3504F3) >> 23;  // u = m 2^exponent, m in [sqrt(1/2), sqrt(2))
@@ -112,12 +94,14 @@ inline void normals_of(Pairs words, Vector* low, Vector* high) {
   cosine = fused(cosine, square, all(4.16666381e-2f));
   cosine = fused(cosine, square, all(-0.5f));
   cosine = fused(cosine, square, all(1.0f));
-  interleave(signed_radius * cosine, signed_radius * (angle * sine), low, high);
+  return {signed_radius * cosine, signed_radius * (angle * sine)};
 }
 
-// The normals of kCounters counters from `first` on, in element order.
-inline void normals(const Stream& stream, uint64_t first, Vector* low, Vector* high) {
-  normals_of(stream.pairs(first), low, high);
+// The normals of kCounters counters, for the elements from i on, a multiple of kTwo; laid out as by load_two of T.
+template <typename T>
+inline Two normals(const Stream& stream, int64_t i) {
+  const Two by_parity = normals_of(stream.pairs(i / 4));
+  return kIsByParity<T> ? by_parity : interleaved(by_parity);
 }
 
 }  // namespace dmd2_fast::DMD2_FAST_ISA

@@ -99,12 +99,13 @@ inline float sum(Vector x) {
 
 inline Vector widen(Halves bits, BFloat16) { return (Vector)(__builtin_convertvector(bits, Words) << 16); }
 
-inline Halves narrow(Vector x, BFloat16) {
+// To nearest, ties to even, in the high half of each word; what is in the low half does not count. A NaN stays one.
+inline Words rounded_to_bf16(Vector x) {
   const Words bits = (Words)x;
-  const Words rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
-  const Words quiet = (bits >> 16) | 0x40u;                            // a NaN must stay one
-  return __builtin_convertvector(x == x ? rounded : quiet, Halves);
+  return x == x ? bits + 0x7FFFu + ((bits >> 16) & 1u) : bits | 0x400000u;
 }
+
+inline Halves narrow(Vector x, BFloat16) { return __builtin_convertvector(rounded_to_bf16(x) >> 16, Halves); }
 
 #if defined(__AVX512F__)
 inline Vector widen(Halves bits, Float16) { return (Vector)_mm512_cvtph_ps((__m256i)bits); }
@@ -201,6 +202,117 @@ inline Vector keep_first(Vector x, int64_t count) {
     lane[i] = i;
   }
   return select(lane < (int32_t)count, x, Vector{});
+}
+
+// --- two vectors at a time, for what is done to each element alone ---
+
+// 2 kWidth elements: the first and the second half, or, of bf16, the even and the odd ones, which take one operation each
+// to widen and need no shuffles.
+struct Two {
+  Vector a, b;
+};
+constexpr int kTwo = 2 * kWidth;
+
+inline Two operator+(Two x, Two y) { return {x.a + y.a, x.b + y.b}; }
+inline Two operator-(Two x, Two y) { return {x.a - y.a, x.b - y.b}; }
+inline Two operator*(Vector factor, Two x) { return {factor * x.a, factor * x.b}; }
+inline Two fused(Vector factor, Two x, Two y) { return {fused(factor, x.a, y.a), fused(factor, x.b, y.b)}; }
+inline Two absolute(Two x) { return {absolute(x.a), absolute(x.b)}; }
+
+// a0 b0 a1 b1 ..
+inline Two interleaved(Two x) {
+#if defined(__clang__)
+  Two result;
+  for (int i = 0; i < kWidth; ++i) {
+    result.a[i] = i % 2 ? x.b[i / 2] : x.a[i / 2];
+    result.b[i] = i % 2 ? x.b[(i + kWidth) / 2] : x.a[(i + kWidth) / 2];
+  }
+  return result;
+#else
+  Ints first, second;
+  for (int i = 0; i < kWidth; ++i) {
+    first[i] = i / 2 + (i % 2) * kWidth;
+    second[i] = first[i] + kWidth / 2;
+  }
+  return {__builtin_shuffle(x.a, x.b, first), __builtin_shuffle(x.a, x.b, second)};
+#endif
+}
+
+template <typename T>
+constexpr bool kIsByParity = false;
+template <>
+inline constexpr bool kIsByParity<BFloat16> = true;
+
+template <typename T>
+inline Two load_two(const T* from) {
+  if constexpr (kIsByParity<T>) {
+    Words words;
+    std::memcpy(&words, from, sizeof words);
+    return {(Vector)(words << 16), (Vector)(words & 0xFFFF0000u)};
+  } else {
+    return {load(from), load(from + kWidth)};
+  }
+}
+
+template <typename T>
+inline void store_two(T* to, Two x) {
+  if constexpr (kIsByParity<T>) {
+    const Words even = rounded_to_bf16(x.a), odd = rounded_to_bf16(x.b);
+    const Words words = (even >> 16) | (odd & 0xFFFF0000u);
+    std::memcpy(to, &words, sizeof words);
+  } else {
+    store(to, x.a);
+    store(to + kWidth, x.b);
+  }
+}
+
+// How many of kTwo elements there are to load and store: all, known when compiling, or the first few.
+struct Whole {};
+struct Part {
+  int64_t count;
+};
+
+template <typename T>
+inline Two load_two(const T* from, Whole) {
+  return load_two(from);
+}
+template <typename T>
+inline Two load_two(const T* from, Part part) {
+  T lanes[kTwo] = {};
+  std::memcpy(lanes, from, part.count * sizeof(T));
+  return load_two(lanes);
+}
+template <typename T>
+inline void store_two(T* to, Two x, Whole) {
+  store_two(to, x);
+}
+template <typename T>
+inline void store_two(T* to, Two x, Part part) {
+  T lanes[kTwo];
+  store_two(lanes, x);
+  std::memcpy(to, lanes, part.count * sizeof(T));
+}
+// For sums: the elements that there are, zero for the others.
+template <typename T>
+inline Two keep(Two x, Whole) {
+  return x;
+}
+template <typename T>
+inline Two keep(Two x, Part part) {
+  const Two ordered = kIsByParity<T> ? interleaved(x) : x;
+  return {keep_first(ordered.a, part.count), keep_first(ordered.b, part.count - kWidth)};
+}
+
+// f(i, Whole{}) for each kTwo elements of [begin, end), f(i, Part) for what is left.
+template <typename F>
+inline void for_twos(int64_t begin, int64_t end, const F& f) {
+  int64_t i = begin;
+  for (; i + kTwo <= end; i += kTwo) {
+    f(i, Whole{});
+  }
+  if (i < end) {
+    f(i, Part{end - i});
+  }
 }
 
 // --- functions; polynomials are minimax fits, their errors stated ---
