@@ -1,75 +1,67 @@
-"""r1_perturb in Triton: (2N, *) = the batch, then batch + std * n, in f32, rounded once at the store.
+"""The operators of dmd2_fast/ops/r1.py in Triton.
 
-n is a tensor, or the keyed stream of `_philox`, drawn in registers: then the kernel reads x_t once and writes both
-halves.
+    r1_perturb   (2N, *) = the batch, then batch + std n; n a tensor or drawn in registers: x_t is read once
+
+Tensors are f16, bf16 or f32 of any strides and of any mixture of dtypes, std (N,) f32, sample ids (N,) int64.
+Arithmetic is f32, rounded once at the store. Arguments are checked by the public functions. Launch parameters are in
+_launch.py.
 """
 
 from __future__ import annotations
 
-import contextlib
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._philox import STREAM_ARGUMENTS, normals, stream_arguments
+from ._launch import TILE_ARGUMENTS, Ahead, Layout, ahead, launch, tile_of, tiling, tiling_of
+from ._philox import STREAM_ARGUMENTS, STREAM_TYPES, drawn, stream_arguments
 from ._store import rounded
 
-# Elements a program. From ahead-of-time compilation for sm_80 and sm_90: 128-bit accesses without spills at 4 warps.
-_BLOCK = {torch.float32: 2048, torch.bfloat16: 4096, torch.float16: 4096}
-_SMALL_BLOCK = 1024  # where larger ones would leave multiprocessors idle
-_FEW_PROGRAMS = 264  # two for each multiprocessor of the largest GPU in use
-_MIN_BLOCK = 128
+# --- r1_perturb -------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=STREAM_ARGUMENTS)
-def _r1_perturb_kernel(
+@triton.jit(do_not_specialize=[*STREAM_ARGUMENTS, *TILE_ARGUMENTS, "num_samples"])
+def r1_perturb_kernel(
     x_ptr,  # (N, D)
     std_ptr,  # (N,) f32
-    noise_ptr,  # (N, D) or None
-    ids_ptr,  # (N,) int64 or None: 0 .. N - 1
+    noise_ptr,  # (N, D), or None: drawn
+    ids_ptr,  # (N,) int64, or None beside noise
     out_ptr,  # (2, N, D)
-    half,  # N * D, where the perturbed copy begins
-    sample_size,  # D
-    num_tiles,  # tiles a sample
+    num_samples,  # N
     seed_low,
     seed_high,
     step,
     noise_stream,
+    num_units,
+    num_tiles,
+    COPY: tl.constexpr,  # False where x is the first half of out
+    WIDE: tl.constexpr,
     FAST: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    sample = program // num_tiles
-    tile = program % num_tiles
-    element = tile.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = element < sample_size
-    row = sample.to(tl.int64) * sample_size
+    sample, tile, offset, left = tile_of(num_units, num_tiles, UNIT, BLOCK)
+    element = tl.arange(0, BLOCK)
+    mask = element < left
     # Loads first: the random numbers are computed while they are on their way.
-    x = tl.load(x_ptr + row + element, mask=mask)
+    x = tl.load(x_ptr + offset + element, mask=mask)
     std = tl.load(std_ptr + sample)
     if noise_ptr is not None:
-        n = tl.load(noise_ptr + row + element, mask=mask).to(tl.float32)
+        scaled_noise = std * tl.load(noise_ptr + offset + element, mask=mask).to(tl.float32)
     else:
-        sample_id = sample
-        if ids_ptr is not None:
-            sample_id = tl.load(ids_ptr + sample)
-        counter = (tile * (BLOCK // 4) + tl.arange(0, BLOCK // 4)).to(tl.uint32)
-        n = normals(counter, sample_id, step, noise_stream, seed_low, seed_high, FAST)
-    perturbed = x.to(tl.float32) + std * n
-    tl.store(out_ptr + row + element, x, mask=mask)
-    tl.store(out_ptr + half + row + element, rounded(perturbed, x.dtype, FAST), mask=mask)
+        sample_id = tl.load(ids_ptr + sample)
+        scaled_noise = drawn(tile, std, sample_id, step, noise_stream, seed_low, seed_high, False, WIDE, FAST, BLOCK)
+    if COPY:
+        tl.store(out_ptr + offset + element, x, mask=mask)
+    half = num_samples.to(tl.int64) * num_units * UNIT
+    perturbed = rounded(x.to(tl.float32) + scaled_noise, x.dtype, FAST)
+    tl.store(out_ptr + half + offset + element, perturbed, mask=mask)
 
 
-def _block_size(dtype: torch.dtype, num_samples: int, sample_size: int) -> int:
-    block = _BLOCK[dtype]
-    if num_samples * triton.cdiv(sample_size, block) < _FEW_PROGRAMS:
-        block = _SMALL_BLOCK
-    return max(_MIN_BLOCK, min(block, triton.next_power_of_2(sample_size)))
-
-
-def r1_perturb(
+def r1_perturb_out(
     x_t: Tensor,
     std: Tensor,
     noise: Tensor | None,
@@ -77,36 +69,92 @@ def r1_perturb(
     step: int,
     stream: int,
     sample_ids: Tensor | None,
-) -> Tensor:
-    """The batch and its perturbed copy, (2N, *) contiguous in x_t's dtype.
+    out: Tensor,
+) -> None:
+    """Writes the batch and its perturbed copy into out (2N, *), whose first half may be x_t."""
+    if out.numel() == 0:
+        return
+    written = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype, device=out.device)
+    x = x_t.contiguous()
+    tiles = tiling_of(x_t)
+    launch(
+        r1_perturb_kernel,
+        tiles.num_programs,
+        x_t,
+        x,
+        std.contiguous(),
+        None if noise is None else noise.contiguous(),
+        None if sample_ids is None else sample_ids.contiguous(),
+        written,
+        x_t.shape[0],
+        **stream_arguments(seed, step, stream),
+        COPY=x.data_ptr() != written.data_ptr(),
+        WIDE=tiles.is_wide,
+        **tiles.arguments(),
+    )
+    if written is not out:
+        out.copy_(written)
 
-    x_t (N, *) f32, bf16 or f16, any strides; std (N,) f32; noise like x_t in any float dtype, or None: then the stream
-    of (seed, step, stream) at sample_ids (N,) int64, None being 0 .. N - 1. Arguments are checked by
-    `dmd2_fast.r1_perturb`; `ValueError` for a dtype that this backend does not have.
-    """
-    if x_t.dtype not in _BLOCK:
-        raise ValueError(f"x_t is {x_t.dtype}: the triton backend takes float32, bfloat16 and float16")
-    num_samples = x_t.shape[0]
-    out = x_t.new_empty((2 * num_samples, *x_t.shape[1:]))
+
+def r1_perturb(
+    x_t: Tensor, std: Tensor, noise: Tensor | None, seed: int, step: int, stream: int, sample_ids: Tensor | None
+) -> Tensor:
+    """The batch and its perturbed copy, (2N, *) contiguous in x_t's dtype."""
+    out = x_t.new_empty((2 * x_t.shape[0], *x_t.shape[1:]))
+    r1_perturb_out(x_t, std, noise, seed, step, stream, sample_ids, out)
+    return out
+
+
+@triton.jit(do_not_specialize=TILE_ARGUMENTS)
+def r1_perturb_backward_kernel(
+    first_ptr,  # (D,)
+    second_ptr,  # (D,)
+    out_ptr,  # (D,)
+    num_units,
+    num_tiles,
+    FAST: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    _, _, offset, left = tile_of(num_units, num_tiles, UNIT, BLOCK)
+    element = tl.arange(0, BLOCK)
+    mask = element < left
+    first = tl.load(first_ptr + offset + element, mask=mask).to(tl.float32)
+    second = tl.load(second_ptr + offset + element, mask=mask).to(tl.float32)
+    tl.store(out_ptr + offset + element, rounded(first + second, out_ptr.dtype.element_ty, FAST), mask=mask)
+
+
+def r1_perturb_backward(grad: Tensor) -> Tensor:
+    """The sum of the two halves, (N, *)."""
+    num_samples = grad.shape[0] // 2
+    out = torch.empty_like(grad[:num_samples])
     if out.numel() == 0:
         return out
-    sample_size = x_t.numel() // num_samples
-    block = _block_size(x_t.dtype, num_samples, sample_size)
-    num_tiles = triton.cdiv(sample_size, block)
-    # Triton launches on the current device, which need not be the tensor's.
-    with torch.cuda.device(x_t.device) if x_t.is_cuda else contextlib.nullcontext():
-        _r1_perturb_kernel[(num_samples * num_tiles,)](
-            x_t.contiguous(),
-            std.contiguous(),
-            None if noise is None else noise.contiguous(),
-            None if sample_ids is None else sample_ids.contiguous(),
-            out,
-            x_t.numel(),
-            sample_size,
-            num_tiles,
-            **stream_arguments(seed, step, stream),
-            FAST=isinstance(_r1_perturb_kernel, triton.runtime.JITFunction),
-            BLOCK=block,
-            num_warps=4 if block >= 512 else 1,
-        )
-    return out
+    layout = Layout(out, samples_first=False)
+    written = layout.write(out)
+    tiles = tiling(grad.dtype, 1, out.numel())
+    launch(
+        r1_perturb_backward_kernel,
+        tiles.num_programs,
+        grad,
+        layout.read(grad[:num_samples]),
+        layout.read(grad[num_samples:]),
+        written,
+        **tiles.arguments(),
+    )
+    return layout.finish(out, written)
+
+
+def ahead_of_time(dtype: torch.dtype) -> dict[str, Ahead]:
+    """The kernels, r1_perturb on keyed noise, as they are compiled for large `dtype` tensors."""
+    tiles = dict.fromkeys(TILE_ARGUMENTS, "i32")
+    pointers = {"x_ptr": dtype, "std_ptr": torch.float32, "ids_ptr": torch.int64, "out_ptr": dtype}
+    constexprs: dict[str, Any] = {"noise_ptr": None, "COPY": True, "WIDE": dtype.itemsize == 2}
+    halves = {"first_ptr": dtype, "second_ptr": dtype, "out_ptr": dtype}
+    size = 3 * dtype.itemsize
+    return {
+        "r1_perturb": ahead(
+            r1_perturb_kernel, dtype, pointers, STREAM_TYPES | tiles | {"num_samples": "i32"}, constexprs, size
+        ),
+        "r1_perturb_backward": ahead(r1_perturb_backward_kernel, dtype, halves, tiles, {}, size),
+    }

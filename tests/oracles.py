@@ -69,6 +69,14 @@ def assert_twice(ours: Tensor, plain: Tensor, exact: Tensor, what: str = "", num
         assert error <= num_roundings * half, f"{what}: error {error:.3g}, one rounding {half:.3g}: rounded too often"
 
 
+def assert_rounded(ours: Tensor, exact: Tensor, slack: Tensor | float) -> None:
+    """Every element of ours is the exact one, off by at most slack and then rounded once to its dtype."""
+    info = torch.finfo(ours.dtype)
+    limit = slack + 0.5 * info.eps * (exact.abs() + slack) + 0.5 * info.eps * info.smallest_normal
+    excess = (ours.double() - exact).abs() - limit
+    assert excess.max() <= 0, f"{int((excess > 0).sum())} elements, by up to {excess.max():.3g}"
+
+
 def compare(
     ours: Callable[..., Tensor | tuple[Tensor, ...]],
     plain: Callable[..., Tensor | tuple[Tensor, ...]],

@@ -1,19 +1,33 @@
 """add_noise, predict_x0 and renoise against float64."""
 
+import itertools
+
 import oracles
+import philox_oracle
 import pytest
 import torch
-from oracles import DTYPES, LAYOUTS, PREDICTION_TYPES, SHAPES, coefficients, compare, random_tensor
+from oracles import (
+    DTYPES,
+    LAYOUTS,
+    PREDICTION_TYPES,
+    SHAPES,
+    assert_rounded,
+    coefficients,
+    column,
+    compare,
+    random_tensor,
+)
 
-from dmd2_fast import NoiseKey, add_noise, philox_normal, predict_x0, renoise
+from dmd2_fast import NoiseKey, add_noise, predict_x0, renoise
 
 KEY = NoiseKey(3, 2, 5)
+F32 = 2.0**-23
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_add_noise(shape, layout, dtype):
+def test_add_noise(backend, shape, layout, dtype):
     alpha, sigma = coefficients(shape[0])
     x0, noise = random_tensor(shape, dtype, 1, layout), random_tensor(shape, dtype, 2, layout)
     for expanded_grad in (False, True):
@@ -27,30 +41,40 @@ def test_add_noise(shape, layout, dtype):
     assert add_noise(x0, alpha, sigma, noise).stride() == torch.empty_like(x0).stride()
 
 
+def keyed(backend, ids, shape):
+    """Noise of KEY and the error allowed it, f64."""
+    return philox_oracle.noise(
+        ids.tolist(), shape, (KEY.seed, KEY.step, KEY.stream), 7e-4 if backend == "triton" else 3e-5
+    )
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_add_noise_with_a_key_uses_unrounded_noise(layout, dtype):
+def test_add_noise_with_a_key_uses_unrounded_noise(backend, layout, dtype):
     alpha, sigma = coefficients(3)
     x0, ids = random_tensor((3, 5, 7, 3), dtype, 1, layout), torch.tensor([4, 0, 9])
-    noise = philox_normal(ids, (5, 7, 3), KEY)
-    expected = oracles.add_noise(x0.float(), noise, alpha, sigma).to(dtype)
+    noise, tolerance = keyed(backend, ids, (5, 7, 3))
+    exact = oracles.add_noise(x0.double(), noise, alpha, sigma)
     x_t = add_noise(x0, alpha, sigma, key=KEY, sample_ids=ids)
-    assert torch.equal(x_t, expected)
+    slack = column(sigma, exact) * tolerance + 4 * F32 * (x0.double().abs() + noise.abs())
+    assert_rounded(x_t, exact, slack)
+    assert x_t.stride() == torch.empty_like(x0).stride()
     again, returned = add_noise(x0, alpha, sigma, key=KEY, sample_ids=ids, return_noise=True)
     assert torch.equal(again, x_t)
-    assert torch.equal(returned, noise.to(dtype))
-    assert returned.dtype == dtype
+    assert_rounded(returned, noise, tolerance)
+    assert returned.stride() == x_t.stride()
+    assert returned.dtype == x_t.dtype == dtype
 
 
-def test_add_noise_gives_back_the_noise_it_was_given():
+def test_add_noise_gives_back_the_noise_it_was_given(backend):
     x0, noise = random_tensor((2, 3, 4, 4), torch.bfloat16, 1), random_tensor((2, 3, 4, 4), torch.float32, 2)
     alpha, sigma = coefficients(2)
     x_t, returned = add_noise(x0, alpha, sigma, noise, return_noise=True)
-    assert torch.equal(x_t, oracles.add_noise(x0.float(), noise, alpha, sigma).bfloat16())
+    assert_rounded(x_t, oracles.add_noise(x0.double(), noise, alpha, sigma), 1e-5)
     assert torch.equal(returned, noise.bfloat16())
 
 
-def test_noise_is_the_same_however_the_batch_is_split():
+def test_noise_is_the_same_however_the_batch_is_split(backend):
     x0, ids = random_tensor((6, 1, 8, 8), torch.float32, 1), torch.arange(6) + 100
     alpha, sigma = coefficients(6)
     whole = add_noise(x0, alpha, sigma, key=KEY, sample_ids=ids)
@@ -62,7 +86,7 @@ def test_noise_is_the_same_however_the_batch_is_split():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_predict_x0(shape, layout, dtype, prediction_type):
+def test_predict_x0(backend, shape, layout, dtype, prediction_type):
     alpha, sigma = coefficients(shape[0])
     compare(
         lambda x_t, p: predict_x0(x_t, p, alpha, sigma, prediction_type=prediction_type),
@@ -83,7 +107,7 @@ def test_predict_x0_inverts_add_noise(prediction_type):
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_renoise(layout, dtype, prediction_type):
+def test_renoise(backend, layout, dtype, prediction_type):
     shape = (3, 5, 7, 3)
     coefficient = (*coefficients(3), *coefficients(3, seed=1))
     x_t, p, noise = (random_tensor(shape, dtype, i, layout) for i in (1, 2, 3))
@@ -98,18 +122,47 @@ def test_renoise(layout, dtype, prediction_type):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_renoise_with_a_key_and_at_the_last_step(dtype):
+def test_renoise_with_a_key_and_at_the_last_step(backend, dtype):
     alpha, sigma = coefficients(3)
     next_alpha, next_sigma = coefficients(3, seed=1)
     x_t, p = (random_tensor((3, 5, 7, 3), dtype, i) for i in (1, 2))
     ids = torch.arange(3)
     ours = renoise(x_t, p, alpha, sigma, next_alpha, next_sigma, prediction_type="flow", key=KEY, sample_ids=ids)
-    noise = philox_normal(ids, (5, 7, 3), KEY)
-    given = renoise(x_t, p, alpha, sigma, next_alpha, next_sigma, noise, prediction_type="flow")
-    assert torch.equal(ours, given)
+    noise, tolerance = keyed(backend, ids, (5, 7, 3))
+    x0 = oracles.predict_x0(x_t.double(), p.double(), alpha, sigma, "flow")
+    exact = oracles.add_noise(x0, noise, next_alpha, next_sigma)
+    terms = (x_t.double().abs() + p.double().abs()) / column(alpha + sigma, exact) + noise.abs()
+    assert_rounded(ours, exact, column(next_sigma, exact) * tolerance + 8 * F32 * terms)
     zero, one = torch.zeros(3), torch.ones(3)
     last = renoise(x_t, p, alpha, sigma, one, zero, prediction_type="flow")
     assert torch.equal(last, predict_x0(x_t, p, alpha, sigma, prediction_type="flow"))
+
+
+@pytest.mark.parametrize(("first", "second"), list(itertools.permutations(DTYPES, 2)))
+@pytest.mark.parametrize(("layout", "other"), [("contiguous", "channels_last"), ("channels_last", "strided")])
+def test_mixed_dtypes_and_layouts(backend, first, second, layout, other):
+    """The output and each gradient have their own tensor's dtype and are rounded once, whatever the other's."""
+    alpha, sigma = coefficients(3)
+    shape = (3, 5, 7, 3)
+    x, y = random_tensor(shape, first, 1, layout).requires_grad_(), random_tensor(shape, second, 2, other)
+    noised = add_noise(x, alpha, sigma, y)
+    x_wide, y_wide = x.detach().double(), y.double().requires_grad_()
+    assert_rounded(noised.detach(), oracles.add_noise(x_wide, y_wide.detach(), alpha, sigma), 1e-5)
+    y.requires_grad_()
+    x_wide.requires_grad_()
+    x0 = predict_x0(x, y, alpha, sigma, prediction_type="v_prediction")
+    exact = oracles.predict_x0(x_wide, y_wide, alpha, sigma, "v_prediction")
+    assert_rounded(x0.detach(), exact.detach(), 1e-5)
+    assert x0.stride() == noised.stride() == torch.empty_like(x).stride()
+    weight = random_tensor(shape, first, 3, other)
+    for ours, wide, like in zip(
+        torch.autograd.grad(x0, (x, y), weight),
+        torch.autograd.grad(exact, (x_wide, y_wide), weight.double()),
+        (x, y),
+        strict=True,
+    ):
+        assert ours.dtype == like.dtype
+        assert_rounded(ours, wide, 1e-5)
 
 
 def test_gradcheck():
@@ -129,7 +182,7 @@ def test_gradcheck():
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 0), (4,)])
-def test_empty_batches_and_bare_vectors(shape):
+def test_empty_batches_and_bare_vectors(backend, shape):
     x = torch.ones(shape, requires_grad=True)
     alpha, sigma = coefficients(shape[0])
     ids = torch.arange(shape[0])
@@ -140,7 +193,7 @@ def test_empty_batches_and_bare_vectors(shape):
     assert x_t.shape == x0.shape == out.shape == x.grad.shape == shape
 
 
-def test_non_finite_values_surface():
+def test_non_finite_values_surface(backend):
     x = torch.tensor([[torch.nan, 1.0], [torch.inf, 1.0]])
     one = torch.ones(2)
     assert add_noise(x, one, one, torch.zeros(2, 2)).isfinite().tolist() == [[False, True], [False, True]]

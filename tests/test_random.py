@@ -68,29 +68,30 @@ def test_uniform_rounds_once_like_the_fused_multiply_add():
 
 @pytest.mark.parametrize("key", KEYS)
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 7, 64, 129])
-def test_normals_against_scalar_definition(key, count):
+def test_normals_against_scalar_definition(backend, key, count):
     ids = torch.tensor(IDS)
     ours = {dtype: philox_normal(ids, (count,), key, dtype).double() for dtype in (torch.float32, torch.float64)}
     for row, sample in enumerate(IDS):
         exact, radius = philox_oracle.normals(sample, count, key.seed, key.step, key.stream)
-        error = np.abs(ours[torch.float32][row].numpy() - exact)
-        assert (error <= np.where(radius >= 0.1, 4e-6, 3e-5)).all()
-        assert np.abs(ours[torch.float64][row].numpy() - exact).max() < 1e-14
+        error = np.abs(ours[torch.float32][row].cpu().numpy() - exact)
+        # Triton's fast functions, which the interpreter has not, are allowed more where the radius is small.
+        assert (error <= np.where(radius >= 0.1, 4e-6, 7e-4 if backend == "triton" else 3e-5)).all()
+        assert np.abs(ours[torch.float64][row].cpu().numpy() - exact).max() < 1e-14
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_is_the_rounded_f32(dtype):
+def test_low_precision_is_the_rounded_f32(backend, dtype):
     ids = torch.arange(9)
     assert torch.equal(philox_normal(ids, (3, 5), KEYS[1], dtype), philox_normal(ids, (3, 5), KEYS[1]).to(dtype))
 
 
-def test_uniforms_are_u_of_the_words():
+def test_uniforms_are_u_of_the_words(backend):
     ids = torch.tensor(IDS)
-    words = philox_words(ids, 6, KEYS[1]).numpy().astype(np.float32).astype(np.float64)
+    words = philox_words(ids, 6, KEYS[1]).cpu().numpy().astype(np.float32).astype(np.float64)
     expected = (words * 2.0**-32 + 2.0**-33).astype(np.float32).reshape(len(IDS), 2, 3)
     ours = philox_uniform(ids, (2, 3), KEYS[1])
     assert ours.dtype == torch.float32
-    assert np.array_equal(ours.numpy(), expected)
+    assert np.array_equal(ours.cpu().numpy(), expected)
 
 
 def test_moments_and_independence():
@@ -108,7 +109,7 @@ def test_moments_and_independence():
     assert abs(u.mean() - 0.5) < 5 / (12 * 400_000) ** 0.5
 
 
-def test_a_sample_depends_on_its_id_alone():
+def test_a_sample_depends_on_its_id_alone(backend):
     key = NoiseKey(3, 1, Stream.R1)
     whole = philox_normal(torch.arange(12), (1, 5, 3), key)
     ranks = [philox_normal(torch.arange(12)[i::4], (1, 5, 3), key) for i in range(4)]
@@ -120,13 +121,13 @@ def test_a_sample_depends_on_its_id_alone():
 
 
 @pytest.mark.parametrize(("num_samples", "shape"), [(0, (3,)), (2, (0, 3)), (0, (0,)), (5, ()), (1, (1, 1))])
-def test_sizes_of_nothing_and_one(num_samples, shape):
+def test_sizes_of_nothing_and_one(backend, num_samples, shape):
     ids = torch.arange(num_samples)
     assert philox_normal(ids, shape, NoiseKey(0)).shape == (num_samples, *shape)
     assert philox_uniform(ids, shape, NoiseKey(0)).shape == (num_samples, *shape)
 
 
-def test_strided_ids():
+def test_strided_ids(backend):
     ids = torch.arange(20)[::3]
     assert torch.equal(philox_normal(ids, (5,), NoiseKey(1)), philox_normal(ids.contiguous(), (5,), NoiseKey(1)))
 
