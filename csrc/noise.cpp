@@ -180,7 +180,11 @@ std::tuple<Tensor, Tensor> predict_x0_backward(Tensor grad, Tensor alpha, Tensor
 
 }  // namespace
 
+// 512 (AVX-512), 256 (AVX2) or 0 (the compiler's baseline): what the kernels of this process use.
+int64_t instruction_set_in_use() { return instruction_set(); }
+
 STABLE_TORCH_LIBRARY_FRAGMENT(dmd2_fast_cpp, m) {
+  m.def("instruction_set() -> int");
   m.def("philox_words(Tensor sample_ids, int num_words, int seed, int step, int stream) -> Tensor");
   m.def("philox_normal(Tensor sample_ids, SymInt[] sample_shape, SymInt seed, SymInt step, SymInt stream, ScalarType dtype) -> Tensor");
   m.def("philox_uniform(Tensor sample_ids, SymInt[] sample_shape, SymInt seed, SymInt step, SymInt stream) -> Tensor");
@@ -190,6 +194,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dmd2_fast_cpp, m) {
   m.def("predict_x0(Tensor x_t, Tensor prediction, Tensor alpha, Tensor sigma, int prediction_type) -> Tensor");
   m.def("predict_x0_backward(Tensor grad, Tensor alpha, Tensor sigma, Tensor? scale, int prediction_type, ScalarType? x_t_dtype, ScalarType? prediction_dtype) -> (Tensor, Tensor)");
   m.def("renoise(Tensor x_t, Tensor prediction, Tensor alpha, Tensor sigma, Tensor next_alpha, Tensor next_sigma, Tensor? noise, int prediction_type, SymInt seed, SymInt step, SymInt stream, Tensor? sample_ids) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dmd2_fast_cpp, CompositeExplicitAutograd, m) {
+  m.impl("instruction_set", TORCH_BOX(&instruction_set_in_use));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dmd2_fast_cpp, CPU, m) {

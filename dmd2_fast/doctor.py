@@ -147,7 +147,7 @@ def check_tools() -> list[Finding]:
 
 
 def check_extension() -> Finding:
-    """Whether the compiled operators load."""
+    """Whether the compiled operators load, and for which instruction set."""
     from dmd2_fast import dispatch
 
     use = "fast operators on the CPU"
@@ -156,7 +156,9 @@ def check_extension() -> Finding:
     import torch
 
     torch.ops.load_library(str(dispatch.EXTENSION))
-    return Finding("ok", "C++ extension", dispatch.EXTENSION.name, use)
+    names = {512: "AVX-512", 256: "AVX2", 0: "the compiler's baseline"}
+    running = names[torch.ops.dmd2_fast_cpp.instruction_set()]
+    return Finding("ok", "C++ extension", f"{dispatch.EXTENSION.name} with {running}", use)
 
 
 def _processor() -> str:
