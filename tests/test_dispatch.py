@@ -60,7 +60,7 @@ def operator_cases():
         "gan_head_loss": [
             (features.clone().requires_grad_(), *(t.clone().requires_grad_() for t in head), 2, -1, 1e-5)
         ],
-        "gan_head_loss_backward": [(one, None, features, *head, stats, stats, 1)],
+        "gan_head_loss_backward": [(one, None, features, *head, stats[:, :1], stats, stats)],
         "r1_perturb": [(image(0, True), SIGMA, *keyed), (last, SIGMA, y, 0, 0, 0, None)],
         "r1_perturb_out": [(x, SIGMA, *keyed, torch.zeros(4, *SHAPE[1:]))],
         "r1_perturb_backward": [(last,)],

@@ -5,8 +5,9 @@
     gan_head_loss            logit = proj_weight . silu(group_norm(features)) + proj_bias;  mean softplus(sign logit)
 
 Shapes: logits of any shape, features (N, C), logits of the head (N, 1). Arithmetic is f32 (f64 for f64); losses are f32
-(f64 for f64), of nothing NaN like PyTorch's means; logits have the dtype of the features, and the head's loss is taken
-from the unrounded ones. Gradients have the dtype of what they belong to. Errors: ValueError by argument.
+(f64 for f64), of nothing NaN like PyTorch's means; logits have the dtype of the features, gradients that of what they
+belong to. The head's loss is taken from unrounded logits. Its forward pass keeps their slopes, sign sigmoid(sign
+logit), so that backward can go by channels: a logit needs them all. Errors: ValueError by argument.
 """
 
 from typing import Any
@@ -126,8 +127,11 @@ def gan_head_loss_reference(
     num_groups: int,
     sign: int,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss (), logits (N, 1), mean (N, G), 1 / standard deviation (N, G)), the last two in the working dtype."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss (), logits (N, 1), slope (N, 1), mean (N, G), 1 / standard deviation (N, G)).
+
+    All but the logits are in the working dtype.
+    """
     working = working_dtype(features)
     groups = grouped(features.to(working), num_groups)
     mean, rstd = statistics(groups, eps)
@@ -135,7 +139,8 @@ def gan_head_loss_reference(
     z = (z + channels(norm_bias, features, num_groups)).flatten(1)
     logits = _project(z * z.sigmoid(), proj_weight, proj_bias)
     out = features.new_empty((features.shape[0], 1)).copy_(logits)
-    return _mean_softplus(logits, float(sign)), out, mean.flatten(1), rstd.flatten(1)
+    slope = sign * torch.sigmoid(sign * logits)
+    return _mean_softplus(logits, float(sign)), out, slope, mean.flatten(1), rstd.flatten(1)
 
 
 def gan_head_loss_backward_reference(
@@ -146,11 +151,11 @@ def gan_head_loss_backward_reference(
     norm_bias: Tensor,
     proj_weight: Tensor,
     proj_bias: Tensor,
+    slope: Tensor,
     mean: Tensor,
     rstd: Tensor,
-    sign: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients in features and the four parameters; a None gradient is zero. Logits are computed again, unrounded."""
+    """Gradients in features and the four parameters; a None gradient is zero."""
     working, num_groups = working_dtype(features), mean.shape[1]
     groups, rstd = grouped(features.to(working), num_groups), rstd[..., None]
     normalised = (groups - mean[..., None]) * rstd
@@ -161,9 +166,7 @@ def gan_head_loss_backward_reference(
     if grad_logits is not None:
         grad_logit = grad_logits.to(working)
     if grad_loss is not None:
-        logits = _project(activation, proj_weight, proj_bias)
-        slope = sign * torch.sigmoid(sign * logits)
-        grad_logit = grad_logit + slope * (grad_loss / max(logits.numel(), 1))
+        grad_logit = grad_logit + slope * (grad_loss / max(slope.numel(), 1))
     grad_z = grouped(grad_logit * projection * silu_slope(z), num_groups)
     return (
         store(normalise_backward(grad_z, normalised, rstd, scale).flatten(1), features),
@@ -174,34 +177,34 @@ def gan_head_loss_backward_reference(
     )
 
 
-def _head_fake(features: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _head_fake(features: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     num_samples, num_groups, working = features.shape[0], arguments[4], working_dtype(features)
     return (
         features.new_empty((), dtype=working),
         features.new_empty((num_samples, 1)),
+        features.new_empty((num_samples, 1), dtype=working),
         features.new_empty((num_samples, num_groups), dtype=working),
         features.new_empty((num_samples, num_groups), dtype=working),
     )
 
 
 def _head_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, _, mean, rstd = output
+    _, _, slope, mean, rstd = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.save_for_backward(*inputs[:5], mean, rstd)
-    ctx.sign = inputs[6]
+    ctx.mark_non_differentiable(slope, mean, rstd)
+    ctx.save_for_backward(*inputs[:5], slope, mean, rstd)
 
 
 def _head_backward(ctx: Any, grad_loss: Tensor | None, grad_logits: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad_loss is None and grad_logits is None:
         return (None,) * 8
-    return *_gan_head_loss_backward(grad_loss, grad_logits, *ctx.saved_tensors, ctx.sign), None, None, None
+    return *_gan_head_loss_backward(grad_loss, grad_logits, *ctx.saved_tensors), None, None, None
 
 
 _gan_head_loss_backward = define(
     "gan_head_loss_backward",
     "(Tensor? grad_loss, Tensor? grad_logits, Tensor features, Tensor norm_weight, Tensor norm_bias, "
-    "Tensor proj_weight, Tensor proj_bias, Tensor mean, Tensor rstd, int sign) "
+    "Tensor proj_weight, Tensor proj_bias, Tensor slope, Tensor mean, Tensor rstd) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=gan_head_loss_backward_reference,
     fake=lambda grad_loss, grad_logits, *tensors: tuple(map(torch.empty_like, tensors[:5])),
@@ -209,7 +212,7 @@ _gan_head_loss_backward = define(
 _gan_head_loss = define(
     "gan_head_loss",
     "(Tensor features, Tensor norm_weight, Tensor norm_bias, Tensor proj_weight, Tensor proj_bias, int num_groups, "
-    "int sign, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+    "int sign, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=gan_head_loss_reference,
     fake=_head_fake,
     setup_context=_head_setup_context,
@@ -249,7 +252,7 @@ def gan_head_loss(
     check_parameter("proj_bias", proj_bias, features, 1)
     if sign not in (1, -1):
         raise ValueError(f"sign: got {sign!r}, expected 1 or -1")
-    loss, logits, _, _ = _gan_head_loss(
+    loss, logits, _, _, _ = _gan_head_loss(
         features, norm_weight, norm_bias, proj_weight.reshape(-1), proj_bias, num_groups, int(sign), float(eps)
     )
     return loss, logits
