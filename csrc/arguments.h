@@ -59,6 +59,41 @@ struct DenoisingLoss {
   int64_t size, tiles;
 };
 
+// Groups of consecutive channels of one sample, worked on together: kMostGroups at most.
+constexpr int64_t kMostGroups = 64;
+// Scratch, in floats: so many for each of their channels and of some more (a vector's lanes), and for gradients with
+// channels first one an element.
+constexpr int64_t kColumnArrays = 7, kColumnPadding = 16;
+
+struct Groups {
+  int64_t sample, first, count;
+};
+
+// z = (x - mean) rstd weight + bias, y = silu(z); mean and rstd over a group's channels and positions.
+struct GroupNorm {
+  const void *x, *grad;  // grad: backward alone
+  void* out;             // y, or the gradient in x
+  const float *weight, *bias;
+  float *mean, *rstd;                  // (N, groups): results of forward, arguments of backward
+  double *weight_sums, *bias_sums;     // (N, channels), backward: the sums of a sample's gradients in weight and bias
+  double eps;
+  int64_t channels, num_groups, group, positions;  // of a sample; channels of a group; positions of a channel
+  bool is_channels_last;
+};
+
+// logit = proj_weight . silu(group_norm(features)) + proj_bias, features (N, channels).
+struct GanHead {
+  const void* features;
+  const float *norm_weight, *norm_bias, *proj_weight;
+  float *mean, *rstd;        // (N, groups): results of forward, arguments of backward
+  float* logits;             // (N,), forward, less proj_bias
+  const float* grad_logits;  // (N,), backward
+  void* grad_features;
+  double *norm_weight_sums, *norm_bias_sums, *proj_weight_sums;  // (channels,), the parameters' gradients
+  double eps;
+  int64_t num_samples, channels, num_groups, group;
+};
+
 struct Kernels {
   void (*normal)(Dtype, const Noise&, void* out, int64_t size, Range);
   void (*uniform)(const Noise&, float* out, int64_t size, Range);
@@ -66,6 +101,14 @@ struct Kernels {
   void (*scale)(Dtype to, const float* x, float factor, void* out, int64_t count);
   void (*dmd_loss)(Dtype, const DmdLoss&, int64_t tile);
   void (*denoising_loss)(Dtype, const DenoisingLoss&, int64_t tile);
+  void (*widen)(Dtype from, const void* x, float* out, int64_t count);
+  // The sum of softplus(sign x); its derivative sign sigmoid(sign x).
+  double (*softplus)(const float* x, float sign, int64_t count);
+  void (*softplus_slope)(const float* x, float sign, float* out, int64_t count);
+  void (*group_norm_silu)(Dtype, const GroupNorm&, Groups, float* scratch);
+  void (*group_norm_silu_backward)(Dtype, const GroupNorm&, Groups, float* scratch);
+  void (*gan_head)(Dtype, const GanHead&, int64_t sample);
+  void (*gan_head_backward)(Dtype, const GanHead&, int64_t group, float* scratch);
 };
 
 // Those of the widest instruction set that the machine has.

@@ -1,6 +1,6 @@
 // The R1 perturbation and penalty on the CPU: schemas of dmd2_fast/ops/r1.py.
 
-#include "images.h"
+#include "values.h"
 
 namespace dmd2_fast {
 namespace {
@@ -70,18 +70,57 @@ Tensor r1_perturb_backward(Tensor grad) {
   return images.finished(out);
 }
 
+// (perturbed - logits) / std in row-major order, and std of each element.
+struct Slopes {
+  Slopes(const Tensor& logits, const Tensor& perturbed_logits, const Tensor& std) {
+    check(logits.dim() >= 1, "logits has no batch dimension: expected shape (N, *)");
+    check(same_shape(logits, perturbed_logits), "perturbed_logits has shape ", shape_text(perturbed_logits), ": expected ",
+          shape_text(logits));
+    const int64_t n = logits.size(0), size = n ? logits.numel() / n : 0;
+    const Values first(logits, "logits"), second(perturbed_logits, "perturbed_logits");
+    const std::vector<float> scale = coefficients(std, "std", n);
+    for (int64_t i = 0; i < n * size; ++i) {
+      stds.push_back(scale[i / size]);
+      values.push_back((second.data()[i] - first.data()[i]) / stds.back());
+    }
+  }
+  std::vector<float> values, stds;
+};
+
+// Plain loops in one thread: logits are few.
+Tensor r1_penalty(Tensor logits, Tensor perturbed_logits, Tensor std) {
+  double total = 0.0;
+  for (const float slope : Slopes(logits, perturbed_logits, std).values) {
+    total += slope * slope;
+  }
+  return scalar(logits, total / static_cast<double>(logits.numel()));
+}
+
+std::tuple<Tensor, Tensor> r1_penalty_backward(Tensor grad, Tensor logits, Tensor perturbed_logits, Tensor std) {
+  Slopes slopes(logits, perturbed_logits, std);
+  const float factor = *Values(grad, "grad").data() * (2.0f / static_cast<float>(std::max<int64_t>(1, logits.numel())));
+  for (size_t i = 0; i < slopes.values.size(); ++i) {
+    slopes.values[i] = slopes.values[i] / slopes.stds[i] * factor;
+  }
+  return {rounded(slopes.values.data(), -1.0f, logits), rounded(slopes.values.data(), 1.0f, perturbed_logits)};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dmd2_fast_cpp, m) {
   m.def("r1_perturb(Tensor x_t, Tensor std, Tensor? noise, SymInt seed, SymInt step, SymInt stream, Tensor? sample_ids) -> Tensor");
   m.def("r1_perturb_out(Tensor x_t, Tensor std, Tensor? noise, SymInt seed, SymInt step, SymInt stream, Tensor? sample_ids, Tensor(a!) out) -> ()");
   m.def("r1_perturb_backward(Tensor grad) -> Tensor");
+  m.def("r1_penalty(Tensor logits, Tensor perturbed_logits, Tensor std) -> Tensor");
+  m.def("r1_penalty_backward(Tensor grad, Tensor logits, Tensor perturbed_logits, Tensor std) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dmd2_fast_cpp, CPU, m) {
   m.impl("r1_perturb", TORCH_BOX(&r1_perturb));
   m.impl("r1_perturb_out", TORCH_BOX(&r1_perturb_out));
   m.impl("r1_perturb_backward", TORCH_BOX(&r1_perturb_backward));
+  m.impl("r1_penalty", TORCH_BOX(&r1_penalty));
+  m.impl("r1_penalty_backward", TORCH_BOX(&r1_penalty_backward));
 }
 
 }  // namespace dmd2_fast

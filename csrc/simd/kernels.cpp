@@ -1,7 +1,9 @@
 // The kernels of one instruction set. CMakeLists.txt compiles this file once for each.
 
+#include "gan.h"
 #include "losses.h"
 #include "noise.h"
+#include "norm.h"
 
 namespace dmd2_fast {
 namespace DMD2_FAST_ISA {
@@ -36,6 +38,23 @@ const Kernels kTable = {
     },
     .denoising_loss = [](Dtype dtype, const DenoisingLoss& arguments, int64_t tile) {
       for_dtype(dtype, [&](auto type) { denoising_loss<decltype(type)>(arguments, tile); });
+    },
+    .widen = [](Dtype dtype, const void* x, float* out, int64_t count) {
+      for_dtype(dtype, [&](auto type) { widen(static_cast<const decltype(type)*>(x), out, count); });
+    },
+    .softplus = softplus_sum,
+    .softplus_slope = softplus_slope,
+    .group_norm_silu = [](Dtype dtype, const GroupNorm& arguments, Groups groups, float* scratch) {
+      for_dtype(dtype, [&](auto type) { group_norm_silu<decltype(type)>(arguments, groups, scratch); });
+    },
+    .group_norm_silu_backward = [](Dtype dtype, const GroupNorm& arguments, Groups groups, float* scratch) {
+      for_dtype(dtype, [&](auto type) { group_norm_silu_backward<decltype(type)>(arguments, groups, scratch); });
+    },
+    .gan_head = [](Dtype dtype, const GanHead& arguments, int64_t sample) {
+      for_dtype(dtype, [&](auto type) { gan_head<decltype(type)>(arguments, sample); });
+    },
+    .gan_head_backward = [](Dtype dtype, const GanHead& arguments, int64_t group, float* scratch) {
+      for_dtype(dtype, [&](auto type) { gan_head_backward<decltype(type)>(arguments, group, scratch); });
     },
 };
 

@@ -167,19 +167,32 @@ inline void store(T* to, Vector x) {
 }
 
 // The first `count` lanes, 0 < count <= kWidth; the other lanes of a load are zero.
+#if defined(__AVX512F__)
+inline uint16_t mask_of(int64_t count) { return (uint16_t)((1u << count) - 1u); }
+inline Vector load_part(const float* from, int64_t count) { return (Vector)_mm512_maskz_loadu_ps(mask_of(count), from); }
+inline void store_part(float* to, Vector x, int64_t count) { _mm512_mask_storeu_ps(to, mask_of(count), (__m512)x); }
+template <typename T>
+inline Vector load_part(const T* from, int64_t count) {
+  return widen((Halves)_mm256_maskz_loadu_epi16(mask_of(count), from), T{});
+}
+template <typename T>
+inline void store_part(T* to, Vector x, int64_t count) {
+  _mm256_mask_storeu_epi16(to, mask_of(count), (__m256i)narrow(x, T{}));
+}
+#else
 template <typename T>
 inline Vector load_part(const T* from, int64_t count) {
   T lanes[kWidth] = {};
   std::memcpy(lanes, from, count * sizeof(T));
   return load(lanes);
 }
-
 template <typename T>
 inline void store_part(T* to, Vector x, int64_t count) {
   T lanes[kWidth];
   store(lanes, x);
   std::memcpy(to, lanes, count * sizeof(T));
 }
+#endif
 
 template <typename T>
 inline Vector load_up_to(const T* from, int64_t count) {
@@ -317,9 +330,9 @@ inline void for_twos(int64_t begin, int64_t end, const F& f) {
 
 // --- functions; polynomials are minimax fits, their errors stated ---
 
-// exp(x) to 2e-7 relative for x in [-87, 88]; below it stays at 1e-38, above at 2e38; NaN stays NaN.
+// exp(x) to 2e-7 relative for x in [-87.6, 88.3]; zero below and infinity above; NaN stays NaN.
 inline Vector exponential(Vector x) {
-  const Vector low = all(-87.0f), high = all(88.0f);
+  const Vector low = all(-88.0f), high = all(89.0f);  // their scale's exponent is that of zero and of infinity
   const Vector bounded = x < low ? low : (x > high ? high : x);
   const Vector shifted = fused(bounded, all(1.44269504f), all(12582912.0f));  // 1.5 * 2^23: rounds to an integer
   const Vector whole = shifted - 12582912.0f;
@@ -337,5 +350,29 @@ inline Vector exponential(Vector x) {
 }
 
 inline Vector sigmoid(Vector x) { return 1.0f / (1.0f + exponential(-x)); }
+
+inline Vector silu(Vector x) { return x / (1.0f + exponential(-x)); }
+
+// silu(x), its derivative through `slope`.
+inline Vector silu(Vector x, Vector* slope) {
+  const Vector gate = sigmoid(x), value = x * gate;
+  *slope = gate + value * (1.0f - gate);
+  return value;
+}
+
+// log(1 + exp(x)) to 3e-7 relative: max(x, 0) + log(1 + e), e = exp(-|x|), the logarithm as 2 artanh(e / (2 + e)).
+inline Vector softplus(Vector x) {
+  const Vector e = exponential(-absolute(x));
+  const Vector ratio = e / (2.0f + e), square = ratio * ratio;
+  Vector y = all(2.0f / 15.0f);
+  y = fused(y, square, all(2.0f / 13.0f));
+  y = fused(y, square, all(2.0f / 11.0f));
+  y = fused(y, square, all(2.0f / 9.0f));
+  y = fused(y, square, all(2.0f / 7.0f));
+  y = fused(y, square, all(2.0f / 5.0f));
+  y = fused(y, square, all(2.0f / 3.0f));
+  y = fused(y, square, all(2.0f));
+  return fused(y, ratio, x > 0.0f ? x : Vector{});
+}
 
 }  // namespace dmd2_fast::DMD2_FAST_ISA
