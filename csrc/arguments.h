@@ -81,6 +81,10 @@ struct GroupNorm {
   bool is_channels_last;
 };
 
+// Samples whose gradients in the head's parameters are summed up in f32 before they are folded in double. Backward's
+// scratch: 3 + kHeadSamples floats for each of a group's channels and kColumnPadding more, 3 doubles for each channel.
+constexpr int64_t kHeadSamples = 16;
+
 // logit = proj_weight . silu(group_norm(features)) + proj_bias, features (N, channels).
 struct GanHead {
   const void* features;
@@ -89,7 +93,7 @@ struct GanHead {
   float* logits;             // (N,), forward, less proj_bias
   const float* grad_logits;  // (N,), backward
   void* grad_features;
-  double *norm_weight_sums, *norm_bias_sums, *proj_weight_sums;  // (channels,), the parameters' gradients
+  float *norm_weight_grad, *norm_bias_grad, *proj_weight_grad;  // (channels,)
   double eps;
   int64_t num_samples, channels, num_groups, group;
 };
@@ -108,7 +112,7 @@ struct Kernels {
   void (*group_norm_silu)(Dtype, const GroupNorm&, Groups, float* scratch);
   void (*group_norm_silu_backward)(Dtype, const GroupNorm&, Groups, float* scratch);
   void (*gan_head)(Dtype, const GanHead&, int64_t sample);
-  void (*gan_head_backward)(Dtype, const GanHead&, int64_t group, float* scratch);
+  void (*gan_head_backward)(Dtype, const GanHead&, int64_t group, float* scratch, double* totals);
 };
 
 // Those of the widest instruction set that the machine has.

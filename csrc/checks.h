@@ -10,7 +10,6 @@
 #include <optional>
 #include <stdexcept>
 #include <sstream>
-#include <string>
 #include <vector>
 
 #include "philox.h"
@@ -29,14 +28,19 @@ void check(bool condition, const Parts&... parts) {
   }
 }
 
-inline std::string shape_text(const Tensor& tensor) {
-  std::ostringstream text;
-  text << '(';
-  for (int64_t i = 0; i < tensor.dim(); ++i) {
-    text << (i ? ", " : "") << tensor.size(i);
+// A tensor's shape in a message: written only where the message is.
+struct ShapeText {
+  const Tensor& tensor;
+};
+
+inline ShapeText shape_text(const Tensor& tensor) { return {tensor}; }
+
+inline std::ostream& operator<<(std::ostream& out, const ShapeText& shape) {
+  out << '(';
+  for (int64_t i = 0; i < shape.tensor.dim(); ++i) {
+    out << (i ? ", " : "") << shape.tensor.size(i);
   }
-  text << ')';
-  return text.str();
+  return out << ')';
 }
 
 inline bool same_shape(const Tensor& a, const Tensor& b) {

@@ -47,7 +47,7 @@ std::tuple<Tensor, Tensor> denoising_loss(Tensor prediction, Tensor x0, Tensor a
     total += square;
   }
   const double mean = total / static_cast<double>(prediction.numel());
-  return {scalar(prediction, mean), images.finished(residual, ScalarType::Float)};
+  return {scalar(mean), images.finished(residual, ScalarType::Float)};
 }
 
 Tensor denoising_loss_backward(Tensor grad, Tensor residual, ScalarType type) {

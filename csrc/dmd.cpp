@@ -47,7 +47,7 @@ std::tuple<Tensor, Tensor, Tensor> dmd_loss(Tensor x, Tensor x_t, Tensor fake, T
     const double slope = x0[i].prediction / x0[i].divisor * weighted;
     total += square * slope * slope;
   }
-  return {scalar(x, 0.5 * total / static_cast<double>(x.numel())), images.finished(difference), scale};
+  return {scalar(0.5 * total / static_cast<double>(x.numel())), images.finished(difference), scale};
 }
 
 Tensor dmd_loss_backward(Tensor grad, Tensor difference, Tensor scale) {

@@ -42,13 +42,13 @@ Tensor mean_softplus_backward(const Tensor& grad, const Tensor& logits, const ch
   return rounded(slopes.data(), *Values(grad, "grad").data() / static_cast<float>(std::max<int64_t>(count, 1)), logits);
 }
 
-Tensor gan_generator_loss(Tensor logits) { return scalar(logits, mean_softplus(logits, "logits", -1.0f)); }
+Tensor gan_generator_loss(Tensor logits) { return scalar(mean_softplus(logits, "logits", -1.0f)); }
 
 Tensor gan_generator_loss_backward(Tensor grad, Tensor logits) { return mean_softplus_backward(grad, logits, "logits", -1.0f); }
 
 Tensor gan_discriminator_loss(Tensor real_logits, Tensor fake_logits) {
   const double real = mean_softplus(real_logits, "real_logits", -1.0f), fake = mean_softplus(fake_logits, "fake_logits", 1.0f);
-  return scalar(real_logits, real + fake);
+  return scalar(real + fake);
 }
 
 std::tuple<Tensor, Tensor> gan_discriminator_loss_backward(Tensor grad, Tensor real_logits, Tensor fake_logits) {
@@ -94,10 +94,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gan_head_loss(Tensor features
                                                                  int64_t sign, double eps) {
   check(features.dim() == 2, "features has shape ", shape_text(features), ": expected (N, C)");
   Head head(features, norm_weight, norm_bias, proj_weight, proj_bias, num_groups);
-  const int64_t n = features.size(0), column[] = {n, 1}, table[] = {n, num_groups};
-  Tensor slope = torch::stable::new_empty(features, {column, 2}, ScalarType::Float);
-  Tensor mean = torch::stable::new_empty(features, {table, 2}, ScalarType::Float);
-  Tensor rstd = torch::stable::new_empty(features, {table, 2}, ScalarType::Float);
+  const int64_t n = features.size(0);
+  Tensor slope = empty_table(n, 1, ScalarType::Float);
+  Tensor mean = empty_table(n, num_groups, ScalarType::Float), rstd = empty_table(n, num_groups, ScalarType::Float);
   std::vector<float> values(n);
   GanHead& arguments = head.arguments;
   arguments.mean = static_cast<float*>(mean.mutable_data_ptr());
@@ -113,9 +112,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gan_head_loss(Tensor features
     }
   });
   kernels().softplus_slope(values.data(), static_cast<float>(sign), static_cast<float*>(slope.mutable_data_ptr()), n);
-  Tensor logits = torch::stable::new_empty(features, {column, 2});
+  Tensor logits = empty_table(n, 1, features.scalar_type());
   kernels().scale(dtype, values.data(), 1.0f, logits.mutable_data_ptr(), n);
-  return {scalar(features, mean_softplus(values.data(), n, static_cast<float>(sign))), logits, slope, mean, rstd};
+  return {scalar(mean_softplus(values.data(), n, static_cast<float>(sign))), logits, slope, mean, rstd};
 }
 
 // The gradient in each logit, through the loss and from outside; an absent one is zero.
@@ -147,25 +146,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gan_head_loss_backward(
   check(slope.numel() == features.size(0), "slope has shape ", shape_text(slope), ": expected (N, 1)");
   Head head(features, norm_weight, norm_bias, proj_weight, proj_bias, mean.size(1));
   GanHead& arguments = head.arguments;
-  const int64_t channels = arguments.channels, group = arguments.group, n = arguments.num_samples;
+  const int64_t group = arguments.group, n = arguments.num_samples;
   const std::vector<float> grads = grad_of_logits(grad_loss, grad_logits, slope);
   const Values means(mean, "mean"), deviations(rstd, "rstd");
-  std::vector<double> sums(3 * channels);
+  ParameterGrad norm_weight_grad(norm_weight), norm_bias_grad(norm_bias), proj_weight_grad(proj_weight);
   Tensor grad_features = empty_like(features, features.scalar_type());
   Tensor ordered = grad_features.is_contiguous() ? grad_features : torch::stable::new_empty(features, features.sizes());
   arguments.mean = const_cast<float*>(means.data());
   arguments.rstd = const_cast<float*>(deviations.data());
   arguments.grad_logits = grads.data();
   arguments.grad_features = ordered.mutable_data_ptr();
-  arguments.norm_weight_sums = sums.data();
-  arguments.norm_bias_sums = sums.data() + channels;
-  arguments.proj_weight_sums = sums.data() + 2 * channels;
+  arguments.norm_weight_grad = norm_weight_grad.data();
+  arguments.norm_bias_grad = norm_bias_grad.data();
+  arguments.proj_weight_grad = proj_weight_grad.data();
   const Dtype dtype = dtype_of(features);
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, n * group));
   torch::stable::parallel_for(0, arguments.num_groups, grain, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(4 * (group + kColumnPadding));
+    const auto scratch = buffer<float>((3 + kHeadSamples) * (group + kColumnPadding));
+    const auto totals = buffer<double>(3 * group);
     for (int64_t i = begin; i < end; ++i) {
-      kernels().gan_head_backward(dtype, arguments, i, scratch.data());
+      kernels().gan_head_backward(dtype, arguments, i, scratch.get(), totals.get());
     }
   });
   if (!grad_features.is_contiguous()) {
@@ -175,10 +175,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gan_head_loss_backward(
   for (const float grad : grads) {
     total += grad;
   }
-  const std::vector<float> values(sums.begin(), sums.end());
   const float bias_grad = static_cast<float>(total);
-  return {grad_features, rounded(values.data(), 1.0f, norm_weight), rounded(values.data() + channels, 1.0f, norm_bias),
-          rounded(values.data() + 2 * channels, 1.0f, proj_weight), rounded(&bias_grad, 1.0f, proj_bias)};
+  return {grad_features, norm_weight_grad.rounded(), norm_bias_grad.rounded(), proj_weight_grad.rounded(),
+          rounded(&bias_grad, 1.0f, proj_bias)};
 }
 
 }  // namespace

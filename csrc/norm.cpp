@@ -81,10 +81,10 @@ class Grouped {
     const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements));
     const int64_t scratch_size = kColumnArrays * (together * group + kColumnPadding) + (is_last_ ? 0 : elements);
     torch::stable::parallel_for(0, num_samples_ * blocks, grain, [&](int64_t begin, int64_t end) {
-      std::vector<float> scratch(scratch_size);
+      const auto scratch = buffer<float>(scratch_size);
       for (int64_t block = begin; block < end; ++block) {
         const int64_t first = block % blocks * together;
-        f(Groups{block / blocks, first, std::min(together, num_groups_ - first)}, scratch.data());
+        f(Groups{block / blocks, first, std::min(together, num_groups_ - first)}, scratch.get());
       }
     });
   }
@@ -108,10 +108,9 @@ class Grouped {
 std::tuple<Tensor, Tensor, Tensor> group_norm_silu(Tensor x, Tensor weight, Tensor bias, int64_t num_groups, double eps) {
   const Grouped grouped(x, num_groups);
   const Values weights(weight, "weight", grouped.channels()), biases(bias, "bias", grouped.channels());
-  const int64_t shape[] = {grouped.num_samples(), num_groups};
   Tensor y = grouped.output();
-  Tensor mean = torch::stable::new_empty(x, {shape, 2}, ScalarType::Float);
-  Tensor rstd = torch::stable::new_empty(x, {shape, 2}, ScalarType::Float);
+  Tensor mean = empty_table(grouped.num_samples(), num_groups, ScalarType::Float);
+  Tensor rstd = empty_table(grouped.num_samples(), num_groups, ScalarType::Float);
   GroupNorm arguments = grouped.arguments();
   arguments.out = y.mutable_data_ptr();
   arguments.weight = weights.data();
@@ -124,7 +123,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu(Tensor x, Tensor weight, Tens
   return {grouped.finished(y, x), mean, rstd};
 }
 
-// The sums of all samples' gradients in a parameter, in its dtype.
+// The sum of all samples' gradients in a parameter, in its dtype.
 Tensor parameter_grad(const std::vector<double>& sums, const Tensor& parameter, int64_t num_samples) {
   const int64_t channels = parameter.numel();
   std::vector<double> totals(channels);
@@ -133,8 +132,9 @@ Tensor parameter_grad(const std::vector<double>& sums, const Tensor& parameter, 
       totals[c] += sums[n * channels + c];
     }
   }
-  const std::vector<float> values(totals.begin(), totals.end());
-  return rounded(values.data(), 1.0f, parameter);
+  ParameterGrad grad(parameter);
+  std::copy(totals.begin(), totals.end(), grad.data());
+  return grad.rounded();
 }
 
 std::tuple<Tensor, Tensor, Tensor> group_norm_silu_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor mean,

@@ -93,7 +93,7 @@ Tensor r1_penalty(Tensor logits, Tensor perturbed_logits, Tensor std) {
   for (const float slope : Slopes(logits, perturbed_logits, std).values) {
     total += slope * slope;
   }
-  return scalar(logits, total / static_cast<double>(logits.numel()));
+  return scalar(total / static_cast<double>(logits.numel()));
 }
 
 std::tuple<Tensor, Tensor> r1_penalty_backward(Tensor grad, Tensor logits, Tensor perturbed_logits, Tensor std) {

@@ -1,9 +1,17 @@
 // Tensors of any strides as contiguous f32 values, for operators on parameters and logits, and the way back.
 #pragma once
 
+#include <memory>
+
 #include "images.h"
 
 namespace dmd2_fast {
+
+// An uninitialised buffer.
+template <typename T>
+std::unique_ptr<T[]> buffer(int64_t size) {
+  return std::make_unique_for_overwrite<T[]>(size);
+}
 
 // A tensor's values in row-major order as f32: in place where they are that already.
 class Values {
@@ -14,22 +22,45 @@ class Values {
       data_ = static_cast<const float*>(held_.const_data_ptr());
       return;
     }
-    wide_.resize(held_.numel());
-    kernels().widen(dtype_of(held_), held_.const_data_ptr(), wide_.data(), held_.numel());
-    data_ = wide_.data();
+    wide_ = buffer<float>(held_.numel());
+    kernels().widen(dtype_of(held_), held_.const_data_ptr(), wide_.get(), held_.numel());
+    data_ = wide_.get();
   }
 
-  // One value a channel.
+  // A parameter's, `size` of them.
   Values(const Tensor& tensor, const char* name, int64_t size) : Values(tensor, name) {
-    check(tensor.dim() == 1 && tensor.size(0) == size, name, " has shape ", shape_text(tensor), ": expected (", size, ",)");
+    check(tensor.numel() == size, name, " has shape ", shape_text(tensor), ": expected ", size, " elements");
   }
 
   const float* data() const { return data_; }
 
  private:
   Tensor held_;
-  std::vector<float> wide_;
+  std::unique_ptr<float[]> wide_;
   const float* data_;
+};
+
+// The gradient in a contiguous parameter, written as f32 and rounded to its dtype at the end.
+class ParameterGrad {
+ public:
+  explicit ParameterGrad(const Tensor& parameter) : result_(empty_like(parameter, parameter.scalar_type())) {
+    if (result_.scalar_type() != ScalarType::Float) {
+      wide_ = buffer<float>(result_.numel());
+    }
+  }
+
+  float* data() { return wide_ ? wide_.get() : static_cast<float*>(result_.mutable_data_ptr()); }
+
+  Tensor rounded() {
+    if (wide_) {
+      kernels().scale(dtype_of(result_), wide_.get(), 1.0f, result_.mutable_data_ptr(), result_.numel());
+    }
+    return result_;
+  }
+
+ private:
+  Tensor result_;
+  std::unique_ptr<float[]> wide_;
 };
 
 // Row-major f32 values times a factor, with the dtype of `like` and the strides of torch.empty_like.

@@ -26,22 +26,28 @@ inline void softplus_slope(const float* x, float sign, float* out, int64_t count
 template <typename T>
 void gan_head(const GanHead& a, int64_t sample) {
   const T* features = at<T>(a.features, sample * a.channels);
+  float *mean = a.mean + sample * a.num_groups, *rstd = a.rstd + sample * a.num_groups;
+  const double count = (double)a.group;
+  // One statistic of all groups after the other: within a group, each waits for the one before.
+  for (int64_t g = 0; g < a.num_groups; ++g) {
+    mean[g] = (float)(sum_of(features + g * a.group, a.group, [](Vector v) { return v; }) / count);
+  }
+  for (int64_t g = 0; g < a.num_groups; ++g) {
+    const Vector centre = all(mean[g]);
+    const double squares = sum_of(features + g * a.group, a.group, [centre](Vector v) { return (v - centre) * (v - centre); });
+    rstd[g] = inverse_deviation(squares / count, a.eps);
+  }
   double logit = 0.0;
   Vector products{};
   int64_t held = 0;  // elements in a lane of products
-  for (int64_t first = 0, index = sample * a.num_groups; first < a.channels; first += a.group, ++index) {
-    const T* x = features + first;
-    const float mean = (float)(sum_of(x, a.group, [](Vector v) { return v; }) / (double)a.group);
-    const Vector centre = all(mean);
-    const double squares = sum_of(x, a.group, [centre](Vector v) { return (v - centre) * (v - centre); });
-    a.mean[index] = mean;
-    a.rstd[index] = inverse_deviation(squares / (double)a.group, a.eps);
-    const Vector rstd = all(a.rstd[index]);
-    for (int64_t c = 0; c < a.group; c += kWidth) {
-      const int64_t left = a.group - c;
-      const Vector scale = rstd * load_up_to(a.norm_weight + first + c, left), bias = load_up_to(a.norm_bias + first + c, left);
-      const Vector distance = load_up_to(x + c, left) - centre;
-      const Vector product = silu(fused(distance, scale, bias)) * load_up_to(a.proj_weight + first + c, left);
+  for (int64_t g = 0; g < a.num_groups; ++g) {
+    const int64_t end = (g + 1) * a.group;
+    const Vector centre = all(mean[g]), inverse = all(rstd[g]);
+    for (int64_t c = g * a.group; c < end; c += kWidth) {
+      const int64_t left = end - c;
+      const Vector scale = inverse * load_up_to(a.norm_weight + c, left);
+      const Vector z = fused(load_up_to(features + c, left) - centre, scale, load_up_to(a.norm_bias + c, left));
+      const Vector product = silu(z) * load_up_to(a.proj_weight + c, left);
       products += left >= kWidth ? product : keep_first(product, left);
       if (++held == kTile / kWidth) {
         logit += sum(products);
@@ -53,56 +59,92 @@ void gan_head(const GanHead& a, int64_t sample) {
   a.logits[sample] = (float)(logit + sum(products));
 }
 
-// Samples whose gradients are summed up in f32 before they are folded in double.
-constexpr int64_t kSamples = 128;
-
+// The gradients of one group: in its features of all samples, and its channels' parts of the parameters' gradients.
 template <typename T>
-void gan_head_backward(const GanHead& a, int64_t group, float* scratch) {
-  const int64_t width = a.group, first = group * width, num_groups = a.num_groups;
-  const int64_t padded = (width + kWidth - 1) / kWidth * kWidth;
-  const float *weight = a.norm_weight + first, *bias = a.norm_bias + first, *projection = a.proj_weight + first;
-  float *pulls = scratch, *lanes = scratch + padded;
-  double* const totals[] = {a.norm_weight_sums + first, a.norm_bias_sums + first, a.proj_weight_sums + first};
-  for (double* total : totals) {
-    std::memset(total, 0, width * sizeof(double));
-  }
-  for (int64_t begin = 0; begin < a.num_samples; begin += kSamples) {
-    const int64_t end = begin + kSamples < a.num_samples ? begin + kSamples : a.num_samples;
-    std::memset(lanes, 0, 3 * padded * sizeof(float));
-    for (int64_t n = begin; n < end; ++n) {
-      const int64_t index = n * num_groups + group;
-      const T* x = at<T>(a.features, n * a.channels + first);
-      T* out = at<T>(a.grad_features, n * a.channels + first);
-      const Vector centre = all(a.mean[index]), rstd = all(a.rstd[index]), grad = all(a.grad_logits[n]);
-      Vector through_mean{}, through_variance{};
-      for (int64_t c = 0; c < width; c += kWidth) {
-        const int64_t left = width - c;
-        const Vector scale = load_up_to(weight + c, left);
-        const Vector normalised = (load_up_to(x + c, left) - centre) * rstd;
-        Vector slope;
-        const Vector activation = silu(fused(normalised, scale, load_up_to(bias + c, left)), &slope);
-        const Vector grad_z = grad * load_up_to(projection + c, left) * slope;
-        Vector pulled = grad_z * scale, along = pulled * normalised;
-        store(pulls + c, pulled);
-        store(lanes + c, load(lanes + c) + grad_z * normalised);
-        store(lanes + padded + c, load(lanes + padded + c) + grad_z);
-        store(lanes + 2 * padded + c, load(lanes + 2 * padded + c) + grad * activation);
-        through_mean += left >= kWidth ? pulled : keep_first(pulled, left);
-        through_variance += left >= kWidth ? along : keep_first(along, left);
+class GanHeadBackward {
+ public:
+  GanHeadBackward(const GanHead& a, int64_t group, float* scratch)
+      : a_(a),
+        group_(group),
+        first_(group * a.group),
+        width_(a.group),
+        padded_((width_ + kWidth - 1) / kWidth * kWidth),
+        lanes_(scratch),
+        pulls_(scratch + 3 * padded_) {}
+
+  void run(double* totals) {
+    for (int64_t i = 0; i < 3 * width_; ++i) {
+      totals[i] = 0.0;
+    }
+    for (int64_t begin = 0; begin < a_.num_samples; begin += kHeadSamples) {
+      const int64_t end = begin + kHeadSamples < a_.num_samples ? begin + kHeadSamples : a_.num_samples;
+      Vector through_mean[kHeadSamples], through_variance[kHeadSamples];
+      std::memset(lanes_, 0, 3 * padded_ * sizeof(float));
+      // All samples' sums before the first result: within a sample, one waits for the other.
+      for (int64_t n = begin; n < end; ++n) {
+        add_up(n, pulls_ + (n - begin) * padded_, &through_mean[n - begin], &through_variance[n - begin]);
       }
-      const Vector offset = all(sum(through_mean) / (float)width), slope = all(sum(through_variance) / (float)width);
-      for (int64_t c = 0; c < width; c += kWidth) {
-        const int64_t left = width - c;
-        const Vector normalised = (load_up_to(x + c, left) - centre) * rstd;
-        store_up_to(out + c, rstd * (load(pulls + c) - offset - normalised * slope), left);
+      Pull through[kHeadSamples];
+      for (int64_t i = 0; i < end - begin; ++i) {
+        through[i] = {sum(through_variance[i]) / (float)width_, sum(through_mean[i]) / (float)width_};
+      }
+      for (int64_t n = begin; n < end; ++n) {
+        store_grad(n, pulls_ + (n - begin) * padded_, through[n - begin]);
+      }
+      for (int64_t i = 0; i < 3; ++i) {
+        for (int64_t c = 0; c < width_; ++c) {
+          totals[i * width_ + c] += lanes_[i * padded_ + c];
+        }
       }
     }
-    for (int i = 0; i < 3; ++i) {
-      for (int64_t c = 0; c < width; ++c) {
-        totals[i][c] += lanes[i * padded + c];
+    float* const results[] = {a_.norm_weight_grad + first_, a_.norm_bias_grad + first_, a_.proj_weight_grad + first_};
+    for (int64_t i = 0; i < 3; ++i) {
+      for (int64_t c = 0; c < width_; ++c) {
+        results[i][c] = (float)totals[i * width_ + c];
       }
     }
   }
-}
+
+ private:
+  // Stores grad_z weight, and adds up what of it goes through the mean and the variance.
+  void add_up(int64_t n, float* pulls, Vector* mean_sum, Vector* variance_sum) const {
+    const float *weight = a_.norm_weight + first_, *bias = a_.norm_bias + first_, *projection = a_.proj_weight + first_;
+    float *norm_weight = lanes_, *norm_bias = lanes_ + padded_, *proj_weight = lanes_ + 2 * padded_;
+    const T* x = at<T>(a_.features, n * a_.channels + first_);
+    const Vector mean = all(a_.mean[n * a_.num_groups + group_]), rstd = all(a_.rstd[n * a_.num_groups + group_]);
+    const Vector grad = all(a_.grad_logits[n]);
+    Vector through_mean{}, through_variance{};
+    for_vectors(width_, [&](int64_t c, int64_t left) {
+      const Vector scale = load_up_to(weight + c, left), normalised = (load_up_to(x + c, left) - mean) * rstd;
+      Vector slope;
+      const Vector activation = silu(fused(normalised, scale, load_up_to(bias + c, left)), &slope);
+      const Vector grad_z = grad * load_up_to(projection + c, left) * slope;
+      const Vector pulled = grad_z * scale, along = pulled * normalised;
+      store(pulls + c, pulled);
+      store(norm_weight + c, load(norm_weight + c) + grad_z * normalised);
+      store(norm_bias + c, load(norm_bias + c) + grad_z);
+      store(proj_weight + c, load(proj_weight + c) + grad * activation);
+      through_mean += left >= kWidth ? pulled : keep_first(pulled, left);
+      through_variance += left >= kWidth ? along : keep_first(along, left);
+    });
+    *mean_sum = through_mean;
+    *variance_sum = through_variance;
+  }
+
+  void store_grad(int64_t n, const float* pulls, Pull through) const {
+    const T* x = at<T>(a_.features, n * a_.channels + first_);
+    T* out = at<T>(a_.grad_features, n * a_.channels + first_);
+    const Vector mean = all(a_.mean[n * a_.num_groups + group_]), rstd = all(a_.rstd[n * a_.num_groups + group_]);
+    const Vector slope = all(through.slope), offset = all(through.offset);
+    for_vectors(width_, [&](int64_t c, int64_t left) {
+      const Vector normalised = (load_up_to(x + c, left) - mean) * rstd;
+      store_up_to(out + c, rstd * (load(pulls + c) - offset - normalised * slope), left);
+    });
+  }
+
+  const GanHead& a_;
+  int64_t group_, first_, width_, padded_;
+  float *lanes_, *pulls_;
+};
 
 }  // namespace dmd2_fast::DMD2_FAST_ISA

@@ -53,8 +53,8 @@ const Kernels kTable = {
     .gan_head = [](Dtype dtype, const GanHead& arguments, int64_t sample) {
       for_dtype(dtype, [&](auto type) { gan_head<decltype(type)>(arguments, sample); });
     },
-    .gan_head_backward = [](Dtype dtype, const GanHead& arguments, int64_t group, float* scratch) {
-      for_dtype(dtype, [&](auto type) { gan_head_backward<decltype(type)>(arguments, group, scratch); });
+    .gan_head_backward = [](Dtype dtype, const GanHead& arguments, int64_t group, float* scratch, double* totals) {
+      for_dtype(dtype, [&](auto type) { GanHeadBackward<decltype(type)>(arguments, group, scratch).run(totals); });
     },
 };
 

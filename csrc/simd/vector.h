@@ -85,6 +85,13 @@ inline Vector select(Ints mask, Vector a, Vector b) { return mask ? a : b; }
 
 // The sum of the lanes, halves upon halves.
 inline float sum(Vector x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)x);
+#elif defined(__AVX2__)
+  const __m128 quarter = _mm256_castps256_ps128((__m256)x) + _mm256_extractf128_ps((__m256)x, 1);
+  const __m128 pair = quarter + _mm_movehl_ps(quarter, quarter);
+  return pair[0] + pair[1];
+#else
   float lanes[kWidth];
   std::memcpy(lanes, &x, sizeof lanes);
   for (int width = kWidth / 2; width > 0; width /= 2) {
@@ -93,6 +100,7 @@ inline float sum(Vector x) {
     }
   }
   return lanes[0];
+#endif
 }
 
 // --- loads and stores: T is float, BFloat16 or Float16 ---
@@ -205,6 +213,19 @@ inline void store_up_to(T* to, Vector x, int64_t count) {
     store(to, x);
   } else {
     store_part(to, x, count);
+  }
+}
+
+// f(i, all lanes as a constant or those left) over the vectors of `count` elements, the last of which may be partial. Two
+// calls, so that the whole vectors' code has no branches.
+template <typename F>
+inline void for_vectors(int64_t count, const F& f) {
+  int64_t i = 0;
+  for (; i + kWidth <= count; i += kWidth) {
+    f(i, kWidth);
+  }
+  if (i < count) {
+    f(i, count - i);
   }
 }
 

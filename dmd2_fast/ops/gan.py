@@ -115,7 +115,7 @@ def gan_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
 
 def _project(activation: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """(N, C) to (N, 1) in the activation's dtype: no matrix product, which autocast and TF32 would round."""
-    return (activation * weight.to(activation.dtype)).sum(1, keepdim=True) + bias.to(activation.dtype)
+    return (activation * weight.to(activation.dtype).flatten()).sum(1, keepdim=True) + bias.to(activation.dtype)
 
 
 def gan_head_loss_reference(
@@ -128,7 +128,7 @@ def gan_head_loss_reference(
     sign: int,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss (), logits (N, 1), slope (N, 1), mean (N, G), 1 / standard deviation (N, G)).
+    """(loss (), logits (N, 1), slope (N, 1), mean (N, G), 1 / standard deviation (N, G)); proj_weight of any shape.
 
     All but the logits are in the working dtype.
     """
@@ -161,7 +161,7 @@ def gan_head_loss_backward_reference(
     normalised = (groups - mean[..., None]) * rstd
     scale = channels(norm_weight, features, num_groups)
     z = (normalised * scale + channels(norm_bias, features, num_groups)).flatten(1)
-    activation, projection = z * z.sigmoid(), proj_weight.to(working)
+    activation, projection = z * z.sigmoid(), proj_weight.to(working).flatten()
     grad_logit = torch.zeros((features.shape[0], 1), dtype=working, device=features.device)
     if grad_logits is not None:
         grad_logit = grad_logits.to(working)
@@ -172,7 +172,7 @@ def gan_head_loss_backward_reference(
         store(normalise_backward(grad_z, normalised, rstd, scale).flatten(1), features),
         store((grad_z * normalised).sum(0).flatten(), norm_weight),
         store(grad_z.sum(0).flatten(), norm_bias),
-        store((grad_logit * activation).sum(0), proj_weight),
+        store((grad_logit * activation).sum(0).reshape(proj_weight.shape), proj_weight),
         store(grad_logit.sum(0), proj_bias),
     )
 
@@ -253,6 +253,6 @@ def gan_head_loss(
     if sign not in (1, -1):
         raise ValueError(f"sign: got {sign!r}, expected 1 or -1")
     loss, logits, _, _, _ = _gan_head_loss(
-        features, norm_weight, norm_bias, proj_weight.reshape(-1), proj_bias, num_groups, int(sign), float(eps)
+        features, norm_weight, norm_bias, proj_weight, proj_bias, num_groups, int(sign), float(eps)
     )
     return loss, logits
