@@ -19,16 +19,26 @@ V_PREDICTION = tl.constexpr(2)
 
 @triton.jit
 def x0_factors(alpha, sigma, TYPE: tl.constexpr):
-    """(a, b, c) with x0 = (a x_t - b prediction) c, scalars; not for SAMPLE, where x0 is the prediction."""
-    a = 1.0
-    if TYPE == EPSILON:
-        denominator = alpha
-    elif TYPE == V_PREDICTION:
-        a = alpha
-        denominator = tl.fma(alpha, alpha, sigma * sigma)
+    """(c, d) with x0 = c x_t + d prediction, or c alpha x_t + d prediction for V_PREDICTION.
+
+    alpha and sigma are f32 scalars, c and d f64: an error here would be common to all elements of a sample, so it would
+    not average out of a loss.
+    """
+    alpha = alpha.to(tl.float64)
+    sigma = sigma.to(tl.float64)
+    if TYPE == SAMPLE:
+        c = alpha * 0.0
+        d = c + 1.0
     else:
-        denominator = alpha + sigma
-    return a, sigma, tl.div_rn(1.0, denominator)
+        if TYPE == EPSILON:
+            denominator = alpha
+        elif TYPE == V_PREDICTION:
+            denominator = alpha * alpha + sigma * sigma
+        else:
+            denominator = alpha + sigma
+        c = 1.0 / denominator
+        d = -sigma * c
+    return c, d
 
 
 @triton.jit
@@ -37,10 +47,10 @@ def x0_from(x_t, prediction, alpha, sigma, TYPE: tl.constexpr):
     if TYPE == SAMPLE:
         x0 = prediction
     else:
-        a, b, c = x0_factors(alpha, sigma, TYPE)
+        c, _ = x0_factors(alpha, sigma, TYPE)
         if TYPE == V_PREDICTION:
-            x_t = a * x_t
-        x0 = tl.fma(-b, prediction, x_t) * c
+            x_t = alpha * x_t
+        x0 = tl.fma(-sigma, prediction, x_t) * c.to(tl.float32)
     return x0
 
 
@@ -111,19 +121,17 @@ def predict_x0_backward_kernel(
     element = tl.arange(0, BLOCK)
     mask = element < left
     grad = tl.load(grad_ptr + offset + element, mask=mask).to(tl.float32)
-    scale = 1.0
+    alpha = tl.load(alpha_ptr + sample)
+    c, d = x0_factors(alpha, tl.load(sigma_ptr + sample), TYPE)
+    if TYPE == V_PREDICTION:
+        c *= alpha
     if scale_ptr is not None:
         scale = tl.load(scale_ptr + sample)
-    if TYPE == SAMPLE:
-        factor_x_t = 0.0
-        factor_prediction = scale
-    else:
-        a, b, c = x0_factors(tl.load(alpha_ptr + sample), tl.load(sigma_ptr + sample), TYPE)
-        factor_x_t = scale * a * c
-        factor_prediction = -scale * b * c
+        c *= scale
+        d *= scale
     if grad_x_t_ptr is not None:
-        grad_x_t = tl.zeros_like(grad) if TYPE == SAMPLE else grad * factor_x_t
+        grad_x_t = tl.zeros_like(grad) if TYPE == SAMPLE else grad * c.to(tl.float32)
         tl.store(grad_x_t_ptr + offset + element, rounded(grad_x_t, grad_x_t_ptr.dtype.element_ty, FAST), mask=mask)
     if grad_prediction_ptr is not None:
-        result = rounded(grad * factor_prediction, grad_prediction_ptr.dtype.element_ty, FAST)
+        result = rounded(grad * d.to(tl.float32), grad_prediction_ptr.dtype.element_ty, FAST)
         tl.store(grad_prediction_ptr + offset + element, result, mask=mask)

@@ -22,7 +22,7 @@ def weights(num_samples):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_value_and_gradient(shape, layout, dtype, prediction_type):
+def test_value_and_gradient(backend, shape, layout, dtype, prediction_type):
     alpha, sigma = coefficients(shape[0])
     x, *fixed = make(shape, dtype, layout)
     weight = weights(shape[0])
@@ -67,7 +67,7 @@ def test_gradient_is_exactly_g_over_numel(prediction_type):
     assert torch.allclose(loss, 0.5 * (g**2).mean(), rtol=1e-10)
 
 
-def test_gradient_goes_to_x_alone():
+def test_gradient_goes_to_x_alone(backend):
     tensors = [t.requires_grad_() for t in make((2, 3, 4, 4), torch.float32)]
     alpha, sigma = (c.requires_grad_() for c in coefficients(2))
     weight = weights(2).requires_grad_()
@@ -79,7 +79,7 @@ def test_gradient_goes_to_x_alone():
     assert all(t.grad is None for t in (*tensors[1:], alpha, sigma, weight))
 
 
-def test_small_differences_survive_in_bf16():
+def test_small_differences_survive_in_bf16(backend):
     """F - T of 1 %: taken between two x0 rounded to bf16 it would be off by about half."""
     alpha, sigma = coefficients(2)
     x, x_t, fake, _, _ = make((2, 4, 16, 16), torch.bfloat16)
@@ -94,7 +94,7 @@ def test_small_differences_survive_in_bf16():
     assert ((grad.double() - exact).norm() / exact.norm()) < 2**-8
 
 
-def test_no_guidance_is_guidance_of_one():
+def test_no_guidance_is_guidance_of_one(backend):
     alpha, sigma = coefficients(2)
     x, x_t, fake, teacher, uncond = make((2, 3, 4, 4), torch.float32)
     settings = {"alpha": alpha, "sigma": sigma, "prediction_type": "sample"}
@@ -105,14 +105,14 @@ def test_no_guidance_is_guidance_of_one():
     )
 
 
-def test_value_stays_finite_when_the_teacher_agrees_with_x():
+def test_value_stays_finite_when_the_teacher_agrees_with_x(backend):
     x = torch.zeros(2, 3, requires_grad=True)
     settings = {"alpha": torch.ones(2), "sigma": torch.ones(2), "prediction_type": "sample"}
     dmd_loss(x, x.detach(), x.detach(), x.detach(), **settings).backward()
     assert x.grad.abs().max() == 0.0
 
 
-def test_non_finite_values_surface():
+def test_non_finite_values_surface(backend):
     alpha, sigma = coefficients(2)
     x, x_t, fake, teacher, _ = make((2, 3, 4, 4), torch.float32)
     fake[1, 0, 0, 0] = torch.inf
@@ -125,7 +125,7 @@ def test_non_finite_values_surface():
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4, 4), (3,)])
-def test_empty_batches_and_bare_vectors(shape):
+def test_empty_batches_and_bare_vectors(backend, shape):
     alpha, sigma = coefficients(shape[0])
     x = torch.ones(shape, requires_grad=True)
     y = torch.zeros(shape)

@@ -9,17 +9,29 @@ import contextlib
 from collections.abc import Iterator
 
 import ptxsim
+import torch
 
 from dmd2_fast import use_backend
+from dmd2_fast.kernels import _fold
 
 ARCHITECTURES = (80, 90)
 
 
 @contextlib.contextmanager
 def simulated(arch: int, **options: object) -> Iterator[ptxsim.SimDevice]:
-    """The public operators inside run their Triton kernels, compiled for `arch`, in the simulator."""
-    with use_backend("triton"), ptxsim.device(arch=arch, fake_cuda=True, **options) as device:
-        yield device
+    """The public operators inside run their Triton kernels, compiled for `arch`, in the simulator.
+
+    Memory that PyTorch allocates is full of NaNs until a kernel writes to it, but not with ctas=: then only some programs
+    run, and the last to arrive, which sets a counter back, may not be one of them.
+    """
+    _fold.forget()
+    torch.use_deterministic_algorithms("ctas" not in options)  # this is what fills memory
+    try:
+        with use_backend("triton"), ptxsim.device(arch=arch, fake_cuda=True, **options) as device:
+            yield device
+    finally:
+        torch.use_deterministic_algorithms(False)
+        _fold.forget()
 
 
 def assert_clean(device: ptxsim.SimDevice, num_launches: int) -> None:
