@@ -1,6 +1,7 @@
 """The operators of dmd2_fast/ops/r1.py in Triton.
 
     r1_perturb   (2N, *) = the batch, then batch + std n; n a tensor or drawn in registers: x_t is read once
+    r1_penalty   mean(((D(x_t + std n) - D(x_t)) / std)^2) over logits, in one launch
 
 Tensors are f16, bf16 or f32 of any strides and of any mixture of dtypes, std (N,) f32, sample ids (N,) int64.
 Arithmetic is f32, rounded once at the store. Arguments are checked by the public functions. Launch parameters are in
@@ -16,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._fold import FOLD, folded, is_last, workspace
 from ._launch import TILE_ARGUMENTS, Ahead, Layout, ahead, launch, tile_of, tiling, tiling_of
 from ._philox import STREAM_ARGUMENTS, STREAM_TYPES, drawn, stream_arguments
 from ._store import rounded
@@ -145,16 +147,134 @@ def r1_perturb_backward(grad: Tensor) -> Tensor:
     return layout.finish(out, written)
 
 
+# --- r1_penalty -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _slope(logits_ptr, perturbed_ptr, std_ptr, position, mask, sample_size):
+    """((perturbed - logits) / std, std) at positions of (N, D), f32."""
+    std = tl.load(std_ptr + position // sample_size, mask=mask, other=1.0)
+    logits = tl.load(logits_ptr + position, mask=mask, other=0.0).to(tl.float32)
+    perturbed = tl.load(perturbed_ptr + position, mask=mask, other=0.0).to(tl.float32)
+    return tl.div_rn(perturbed - logits, std), std
+
+
+@triton.jit(do_not_specialize=[*TILE_ARGUMENTS, "sample_size"])
+def r1_penalty_kernel(
+    logits_ptr,  # (N, D)
+    perturbed_ptr,  # (N, D)
+    std_ptr,  # (N,) f32
+    loss_ptr,  # () f32
+    counter_ptr,  # (1,) int32
+    partials_ptr,  # (num_tiles,) f32
+    sample_size,  # D
+    num_units,
+    num_tiles,
+    FOLD: tl.constexpr,
+    FAST: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    _, tile, offset, left = tile_of(num_units, num_tiles, UNIT, BLOCK)
+    element = tl.arange(0, BLOCK)
+    slope, _ = _slope(logits_ptr, perturbed_ptr, std_ptr, offset + element, element < left, sample_size)
+    tl.store(partials_ptr + tile, tl.sum(slope * slope))
+    if is_last(counter_ptr):
+        total = folded(partials_ptr, num_tiles, FOLD).to(tl.float64)
+        tl.store(loss_ptr, (total / (num_units.to(tl.int64) * UNIT)).to(tl.float32))
+
+
+@triton.jit(do_not_specialize=[*TILE_ARGUMENTS, "sample_size"])
+def r1_penalty_backward_kernel(
+    grad_ptr,  # () f32
+    logits_ptr,  # (N, D)
+    perturbed_ptr,  # (N, D)
+    std_ptr,  # (N,) f32
+    grad_logits_ptr,  # (N, D)
+    grad_perturbed_ptr,  # (N, D)
+    factor,  # 2 / (N D), f32
+    sample_size,  # D
+    num_units,
+    num_tiles,
+    FAST: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    _, _, offset, left = tile_of(num_units, num_tiles, UNIT, BLOCK)
+    element = tl.arange(0, BLOCK)
+    mask = element < left
+    slope, std = _slope(logits_ptr, perturbed_ptr, std_ptr, offset + element, mask, sample_size)
+    grad = tl.div_rn(slope, std) * (tl.load(grad_ptr).to(tl.float32) * factor)
+    tl.store(grad_logits_ptr + offset + element, rounded(-grad, grad_logits_ptr.dtype.element_ty, FAST), mask=mask)
+    tl.store(grad_perturbed_ptr + offset + element, rounded(grad, grad_perturbed_ptr.dtype.element_ty, FAST), mask=mask)
+
+
+def r1_penalty(logits: Tensor, perturbed_logits: Tensor, std: Tensor) -> Tensor:
+    """The penalty, () f32."""
+    if logits.numel() == 0:
+        return logits.new_full((), torch.nan, dtype=torch.float32)
+    loss = logits.new_empty((), dtype=torch.float32)
+    tiles = tiling(logits.dtype, 1, logits.numel())
+    launch(
+        r1_penalty_kernel,
+        tiles.num_programs,
+        logits,
+        logits.contiguous(),
+        perturbed_logits.contiguous(),
+        std.contiguous(),
+        loss,
+        *workspace(logits, tiles.num_programs),
+        logits.numel() // logits.shape[0],
+        FOLD=FOLD,
+        **tiles.arguments(),
+    )
+    return loss
+
+
+def r1_penalty_backward(grad: Tensor, logits: Tensor, perturbed_logits: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients in logits and perturbed_logits: opposite, 2 slope / (std numel) apart from the sign."""
+    grads = torch.empty_like(logits), torch.empty_like(perturbed_logits)
+    if logits.numel() == 0:
+        return grads
+    layouts = [Layout(out, row_major=True) for out in grads]
+    written = [layout.write(out) for layout, out in zip(layouts, grads, strict=True)]
+    tiles = tiling(logits.dtype, 1, logits.numel())
+    launch(
+        r1_penalty_backward_kernel,
+        tiles.num_programs,
+        logits,
+        grad,
+        logits.contiguous(),
+        perturbed_logits.contiguous(),
+        std.contiguous(),
+        *written,
+        2.0 / logits.numel(),
+        logits.numel() // logits.shape[0],
+        **tiles.arguments(),
+    )
+    for layout, out, buffer in zip(layouts, grads, written, strict=True):
+        layout.finish(out, buffer)
+    return grads
+
+
+# --- ahead of time ----------------------------------------------------------------------------------------------------
+
+
 def ahead_of_time(dtype: torch.dtype) -> dict[str, Ahead]:
     """The kernels, r1_perturb on keyed noise, as they are compiled for large `dtype` tensors."""
     tiles = dict.fromkeys(TILE_ARGUMENTS, "i32")
     pointers = {"x_ptr": dtype, "std_ptr": torch.float32, "ids_ptr": torch.int64, "out_ptr": dtype}
     constexprs: dict[str, Any] = {"noise_ptr": None, "COPY": True, "WIDE": dtype.itemsize == 2}
     halves = {"first_ptr": dtype, "second_ptr": dtype, "out_ptr": dtype}
+    logits = {"logits_ptr": dtype, "perturbed_ptr": dtype, "std_ptr": torch.float32}
+    sums = {"loss_ptr": torch.float32, "counter_ptr": torch.int32, "partials_ptr": torch.float32}
     size = 3 * dtype.itemsize
     return {
         "r1_perturb": ahead(
             r1_perturb_kernel, dtype, pointers, STREAM_TYPES | tiles | {"num_samples": "i32"}, constexprs, size
         ),
         "r1_perturb_backward": ahead(r1_perturb_backward_kernel, dtype, halves, tiles, {}, size),
+        "r1_penalty": ahead(
+            r1_penalty_kernel, dtype, logits | sums, tiles | {"sample_size": "i32"}, {"FOLD": FOLD}, 2 * dtype.itemsize
+        ),
     }

@@ -92,7 +92,7 @@ def test_non_finite_values_surface(backend):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(3, 1), (7, 5), (1,), (64, 1)])
-def test_penalty(shape, dtype):
+def test_penalty(backend, shape, dtype):
     logits = random_tensor(shape, dtype, 0)
     perturbed = (logits + 0.1 * random_tensor(shape, dtype, 1)).to(dtype)
     std = stds(shape[0])

@@ -21,8 +21,8 @@ ARCHITECTURES = (80, 90)
 def simulated(arch: int, **options: object) -> Iterator[ptxsim.SimDevice]:
     """The public operators inside run their Triton kernels, compiled for `arch`, in the simulator.
 
-    Memory that PyTorch allocates is full of NaNs until a kernel writes to it, but not with ctas=: then only some programs
-    run, and the last to arrive, which sets a counter back, may not be one of them.
+    Memory that PyTorch allocates is full of NaNs until a kernel writes to it, but not with ctas=: then only some
+    programs run, and the last to arrive, which sets a counter back, may not be one of them.
     """
     _fold.forget()
     torch.use_deterministic_algorithms("ctas" not in options)  # this is what fills memory

@@ -9,7 +9,7 @@ import torch
 from oracles import DTYPES, assert_rounded, compare, random_tensor
 from simulated import ARCHITECTURES, assert_clean, assert_memory_bound, simulated
 
-from dmd2_fast import NoiseKey, r1_perturb
+from dmd2_fast import NoiseKey, r1_penalty, r1_perturb
 
 KEY = NoiseKey(2**64 - 3, 2**32 - 1, 10)
 F32 = 2.0**-23
@@ -70,6 +70,23 @@ def test_into_a_buffer():
     assert device.launches[0].result.store_bytes == buffer[2:].numel() * 2
     assert_perturbed(buffer, x, torch.full((2,), 0.5), noise.double(), 0.0)
     assert torch.equal(strided, buffer)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_penalty(arch, dtype):
+    """One sample and many, one logit a sample and several, more than one program; strides of each gradient's own."""
+    for shape in ((1, 1), (64, 1), (7, 5), (3, 1501)):
+        std = stds(shape[0])
+        logits = random_tensor(shape, dtype, 0)
+        perturbed = (logits + 0.1 * random_tensor(shape, dtype, 1)).to(dtype).t().contiguous().t()
+        with simulated(arch, race="report") as device:
+            compare(
+                lambda a, b, std=std: r1_penalty(a, b, std),
+                lambda a, b, std=std: oracles.r1_penalty(a, b, std),
+                [logits, perturbed],
+            )
+        assert_clean(device, 2)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
