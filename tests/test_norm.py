@@ -7,7 +7,7 @@ from oracles import DTYPES, LAYOUTS, compare, random_tensor
 
 from dmd2_fast import group_norm_silu
 
-SHAPES = (((3, 12, 7, 3), 3), ((2, 6, 1, 1), 2), ((1, 64, 4, 4), 32), ((2, 10, 5, 9), 1))
+SHAPES = (((3, 12, 7, 3), 3), ((2, 6, 1, 1), 2), ((1, 16, 4, 4), 8), ((2, 10, 5, 9), 1))
 
 
 def inputs_of(shape, dtype, layout="contiguous", mean=0.0):
@@ -28,7 +28,7 @@ def check(inputs, num_groups, expanded_grad=False):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("shape", "num_groups"), SHAPES)
-def test_values_and_gradients(shape, num_groups, layout, dtype):
+def test_values_and_gradients(backend, shape, num_groups, layout, dtype):
     inputs = inputs_of(shape, dtype, layout)
     check(inputs, num_groups)
     check(inputs, num_groups, expanded_grad=True)
@@ -36,13 +36,13 @@ def test_values_and_gradients(shape, num_groups, layout, dtype):
 
 
 @pytest.mark.parametrize("shape", [(3, 12), (3, 12, 5), (2, 12, 3, 2, 4)])
-def test_other_ranks(shape):
+def test_other_ranks(backend, shape):
     check(inputs_of(shape, torch.float32), 4)
 
 
 @pytest.mark.parametrize("mean", [1e2, 1e4])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_large_mean(layout, mean):
+def test_large_mean(backend, layout, mean):
     """E[x^2] - E[x]^2 keeps no digit of the variance at a mean of 1e4 in f32."""
     inputs = inputs_of((2, 12, 5, 5), torch.float32, layout, mean)
     ours = group_norm_silu(*inputs, 3)
@@ -50,7 +50,7 @@ def test_large_mean(layout, mean):
     assert (ours.double() - exact).abs().max() < 1e-6 * mean  # a rounding of the mean, and no more
 
 
-def test_f32_parameters_beside_bf16_images():
+def test_f32_parameters_beside_bf16_images(backend):
     x, weight, bias = inputs_of((2, 12, 5, 5), torch.bfloat16)
     given = [t.requires_grad_() for t in (x, weight.float(), bias.float())]
     y = group_norm_silu(*given, 3)
@@ -65,7 +65,7 @@ def test_f32_parameters_beside_bf16_images():
     assert (grads[1].double() - exact_grads[1]).abs().max() < 1e-5 * exact_grads[1].abs().max()
 
 
-def test_channels_last_gives_the_same_values():
+def test_channels_last_gives_the_same_values(backend):
     x, weight, bias = inputs_of((2, 12, 5, 5), torch.float32)
     y = group_norm_silu(x.to(memory_format=torch.channels_last), weight, bias, 3)
     assert y.is_contiguous(memory_format=torch.channels_last)
@@ -77,13 +77,13 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda *tensors: group_norm_silu(*tensors, 2), inputs)
 
 
-def test_eps_is_inside_the_root():
+def test_eps_is_inside_the_root(backend):
     x = torch.tensor([[1.0, -1.0]])
     z = x / (1 + 3.0) ** 0.5
     assert torch.allclose(group_norm_silu(x, torch.ones(2), torch.zeros(2), 1, 3.0), z * torch.sigmoid(z))
 
 
-def test_empty_batch():
+def test_empty_batch(backend):
     inputs = [t.requires_grad_() for t in inputs_of((0, 12, 5, 5), torch.float32)]
     y = group_norm_silu(*inputs, 3)
     y.sum().backward()
@@ -91,7 +91,7 @@ def test_empty_batch():
     assert all(t.grad.shape == t.shape and not t.grad.any() for t in inputs)
 
 
-def test_non_finite_values_surface_in_their_group_alone():
+def test_non_finite_values_surface_in_their_group_alone(backend):
     x, weight, bias = inputs_of((2, 12, 5, 5), torch.float32)
     x[0, 5, 2, 2] = torch.nan
     finite = group_norm_silu(x, weight, bias, 3).isfinite().flatten(2).all(2)
