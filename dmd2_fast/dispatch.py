@@ -3,7 +3,7 @@
 An operator is registered once, for CPU and CUDA, with a Python function that picks its backend at call time:
 
     reference   plain PyTorch on any device and dtype: the oracle and the fallback
-    cpp         the C++ extension, CPU tensors
+    cpp         the C++ extension, CPU tensors (and CUDA tensors for r1_perturb, where it was built with nvcc)
     triton      Triton kernels: CUDA tensors, and CPU tensors too when asked for by name (interpreter)
 
 f64 always runs on the reference. A fallback is never silent: it is logged once, and backends() gives the reason.
@@ -14,6 +14,7 @@ import functools
 import importlib
 import importlib.util
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -54,7 +55,8 @@ STEM_OF = {name: stem for stem, names in STEMS.items() for name in names}
 BACKENDS = ("reference", "cpp", "triton")
 AUTO = {"cpu": "cpp", "cuda": "triton"}
 REBUILD = "run `pip install --no-build-isolation .` in the repository"
-EXTENSION = Path(__file__).with_name("_C.abi3.so")
+# DMD2_FAST_EXTENSION names another build of it, as tools/sanitize.sh does.
+EXTENSION = Path(os.environ.get("DMD2_FAST_EXTENSION") or Path(__file__).with_name("_C.abi3.so"))
 
 LIBRARY = torch.library.Library("dmd2_fast", "DEF")
 OPERATORS: dict[str, "Operator"] = {}
@@ -118,6 +120,12 @@ def _fast(name: str, backend: str) -> Callable[..., Any] | str:
         return f"{module} has no {name} ({error})"
 
 
+def _has_cuda(name: str) -> bool:
+    """Whether the extension has the operator for CUDA tensors: r1_perturb, where it was built with nvcc."""
+    is_built = hasattr(torch.ops.dmd2_fast_cpp, name)
+    return is_built and torch._C._dispatch_has_kernel_for_dispatch_key(f"dmd2_fast_cpp::{name}", "CUDA")
+
+
 @functools.cache
 def _choose(name: str, device: str, requested: str) -> tuple[Choice, Callable[..., Any] | None]:
     """The choice for an operator on "cpu" or "cuda", with the function to call (None: the reference)."""
@@ -129,7 +137,7 @@ def _choose(name: str, device: str, requested: str) -> tuple[Choice, Callable[..
         return Choice("reference", f"no other backend for {device} tensors"), None
     if reason := missing(backend):
         return Choice("reference", reason), None
-    if backend == "cpp" and device != "cpu":
+    if backend == "cpp" and device != "cpu" and not _has_cuda(name):
         return Choice("reference", f"the cpp backend takes CPU tensors, not {device}"), None
     function = _fast(name, backend)
     if isinstance(function, str):

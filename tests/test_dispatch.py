@@ -278,3 +278,15 @@ def test_import_is_light_and_needs_nothing_but_torch():
     root = Path(dmd2_fast.__file__).parents[1]
     result = subprocess.run([sys.executable, "-c", LIGHT], cwd=root, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+def test_cpp_takes_cuda_tensors_where_the_extension_has_them(fresh):
+    """An extension without CUDA code refuses them; with it, the operators that have it are chosen, when asked for."""
+    fresh.setattr(dispatch, "missing", lambda backend: "")
+    fresh.setattr(dispatch, "_fast", lambda name, backend: len)
+    fresh.setattr(dispatch, "_has_cuda", lambda name: name == "r1_perturb")
+    with use_backend("cpp"):
+        table = backends()
+    assert table["r1_perturb"]["cuda"].backend == "cpp"
+    assert table["add_noise"]["cuda"] == ("reference", "the cpp backend takes CPU tensors, not cuda")
+    assert backends()["r1_perturb"]["cuda"].backend == "triton"
