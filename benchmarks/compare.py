@@ -1,7 +1,8 @@
 """`python -m benchmarks.compare`: the operators on the CPU against what people write today, and against their limits.
 
 Contestants of a case take turns, round after round; a ratio is the median of the rounds' ratios, a time the shortest. So
-what disturbs the machine meanwhile disturbs all of them. "torch.compile" is the faster of two: its defaults, and with
+what disturbs the machine meanwhile disturbs all of them. On one thread the clock is the process's own (user and system
+time), which other processes do not stop; on more it is the wall's. "torch.compile" is the faster of two: its defaults, and with
 ATen's random numbers kept (where a case draws any). The limit is the random numbers alone (philox_normal) where noise is
 drawn from a key, else a memory copy of the least bytes that have to move.
 """
@@ -10,8 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -53,22 +56,20 @@ BARS = {
 SCALING_BAR = 1.7
 
 
-def plan(batches: list[int]) -> Iterator[tuple[Callable[[], Case], str]]:
+def plan(batches: list[int]) -> list[tuple[partial[Case], str]]:
     """(how to build a case, direction) of every line of the table."""
+    lines: list[tuple[partial[Case], str]] = []
     for dtype in DTYPES:
-        for batch in batches:
-            for build in (cases.philox_normal, cases.add_noise, cases.r1_perturb):
-                yield partial(build, batch, dtype, "cpu"), "forward"
-        for batch in (*batches, LARGE_BATCH):
-            yield partial(cases.dmd_loss, batch, dtype, "cpu"), "both"
-        for batch in batches:
-            yield partial(cases.dmd_loss, batch, dtype, "cpu", guided=False), "both"
-            yield partial(cases.denoising_loss, batch, dtype, "cpu"), "both"
+        for build in (cases.philox_normal, cases.add_noise, cases.r1_perturb):
+            lines += [(partial(build, batch, dtype, "cpu"), "forward") for batch in batches]
+        lines += [(partial(cases.dmd_loss, batch, dtype, "cpu"), "both") for batch in (*batches, LARGE_BATCH)]
+        lines += [(partial(cases.dmd_loss, batch, dtype, "cpu", guided=False), "both") for batch in batches]
+        lines += [(partial(cases.denoising_loss, batch, dtype, "cpu"), "both") for batch in batches]
         for shape in NORM_SHAPES:
             for layout in (torch.contiguous_format, torch.channels_last):
-                yield partial(cases.group_norm_silu, shape, dtype, "cpu", layout=layout), "both"
-        for size in HEAD_SIZES:
-            yield partial(cases.gan_head_loss, size, dtype, "cpu"), "both"
+                lines.append((partial(cases.group_norm_silu, shape, dtype, "cpu", layout=layout), "both"))
+        lines += [(partial(cases.gan_head_loss, size, dtype, "cpu"), "both") for size in HEAD_SIZES]
+    return lines
 
 
 def measure(case: Case, direction: str, seconds: float) -> dict[str, Any]:
@@ -77,8 +78,8 @@ def measure(case: Case, direction: str, seconds: float) -> dict[str, Any]:
     if case.draws or case.operator == "philox_normal":
         names.append("compiled_aten")
     functions = {name: case.step(name, direction) for name in names}
-    functions["limit"] = case.floor(direction)
-    times = harness.interleaved(functions, seconds=seconds)
+    functions["limit"] = case.floor(direction)  # of random numbers alone: a copy, for what it is worth
+    times = harness.interleaved(functions, seconds=seconds, now=harness.quiet_clock(case.device))
     shortest = {name: min(values) for name, values in times.items()}
     ratios = {name: harness.ratio(values, times["ours"]) for name, values in times.items() if name != "ours"}
     compiled = min((name for name in ratios if name.startswith("compiled")), key=ratios.__getitem__)
@@ -96,7 +97,7 @@ def measure(case: Case, direction: str, seconds: float) -> dict[str, Any]:
             "best_compiled": ratios[compiled],
         },
         "compiled": {"compiled": "defaults", "compiled_aten": "ATen's random numbers"}[compiled],
-        "times_the_limit": 1 / ratios["limit"],
+        "times_the_limit": None if case.operator == "philox_normal" else 1 / ratios["limit"],
         **harness.environment(case.device),
     }
 
@@ -112,6 +113,31 @@ def scaling(case: Case, direction: str, threads: list[int], seconds: float) -> f
     functions = {str(count): partial(on, count) for count in threads}
     times = harness.interleaved(functions, seconds=seconds)
     return harness.ratio(times[str(threads[0])], times[str(threads[-1])])
+
+
+def run_line(index: int, threads: list[int], count: int, batches: list[int], seconds: float) -> dict[str, Any]:
+    """Line `index` of the plan on `count` threads; with the last number of threads, the scaling too."""
+    build, direction = plan(batches)[index]
+    torch.set_num_threads(count)
+    case = build.func.__wrapped__(*build.args, **build.keywords)  # not kept: some are large
+    record = measure(case, direction, seconds)
+    if len(threads) > 1 and count == threads[-1]:
+        record["scaling"] = scaling(case, direction, threads, seconds / 2)
+    return record
+
+
+def run(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Every line that was asked for, on every number of threads."""
+    lines = [i for i, (build, _) in enumerate(plan(arguments.batch)) if build.func.__name__ in arguments.operators]
+    jobs = [(i, arguments.threads, n, arguments.batch, arguments.seconds) for n in arguments.threads for i in lines]
+    if arguments.malloc == "keep":
+        harness.keep_memory()
+        yield from (run_line(*job) for job in jobs)
+        return
+    # What glibc does with a block depends on those before it: a process for each line.
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:
+        yield from pool.map(run_line, *zip(*jobs, strict=True))
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -166,22 +192,16 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[4, 16], help="latents in a batch (default: 4 16)")
     parser.add_argument("--operators", nargs="+", choices=sorted(BARS), default=sorted(BARS), help="these alone")
     parser.add_argument("--seconds", type=float, default=3.0, help="measuring time of a line (default: 3)")
+    parser.add_argument(
+        "--malloc", choices=["keep", "glibc"], default="keep",
+        help="keep: freed memory stays with the process (default); glibc: as the C library has it, see docs/performance.md",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, help="write the figures here too")
     arguments = parser.parse_args()
     cache, records = harness.last_level_cache(), []
-    for threads in arguments.threads:
-        torch.set_num_threads(threads)
-        for build, direction in plan(arguments.batch):
-            if build.func.__name__ not in arguments.operators:
-                continue
-            case = build()
-            record = measure(case, direction, arguments.seconds)
-            if threads == arguments.threads[-1] and len(arguments.threads) > 1:
-                record["scaling"] = scaling(case, direction, arguments.threads, arguments.seconds / 2)
-            records.append(record)
-            print(" | ".join(line(record, cache)), file=sys.stderr, flush=True)
-            for builder in (build.func,):
-                builder.cache_clear()
+    for record in run(arguments):
+        records.append(record)
+        print(" | ".join(line(record, cache)), file=sys.stderr, flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps({"compare": records}, indent=1))
     print(table(records, cache))

@@ -18,6 +18,7 @@ FLOORS: dict[Any, float] = {}
 
 
 def pytest_configure(config):
+    harness.keep_memory()
     config.stash[RECORDS], config.stash[NOTES] = [], []
     # pytest-benchmark's own table has a line for each of some 300 measurements: with -v it is printed too.
     config.option.benchmark_quiet = True

@@ -6,6 +6,7 @@ counts the work and not the launches alone.
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import math
 import platform
@@ -31,6 +32,14 @@ def clock() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def quiet_clock(device: str) -> Function:
+    """On one CPU thread the process's own time (user and system), which others on the machine do not stop; else clock.
+
+    On one thread that is the time on an idle machine. Of several threads it would be a sum, waiting included.
+    """
+    return time.process_time if device == "cpu" and torch.get_num_threads() == 1 else clock
 
 
 def _processor() -> str:
@@ -67,21 +76,33 @@ def last_level_cache() -> int:
     return max((int(size[:-1]) << 10 for size in sizes if size.endswith("K")), default=32 << 20)
 
 
+def keep_memory() -> None:
+    """Have glibc keep freed memory, as it does in a process that has trained for a while.
+
+    Left alone, malloc hands large blocks back to the kernel, up to a threshold that grows with what was freed before:
+    a tensor's first touch then costs page faults, or not, by the order of the benchmarks.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        mallopt, trim_threshold, mmap_max = ctypes.CDLL(None).mallopt, -1, -4
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_max, 0)
+
+
 # --- timing -----------------------------------------------------------------------------------------------------------
 
 
-def loop(function: Function, count: int) -> float:
+def loop(function: Function, count: int, now: Function = clock) -> float:
     """Seconds a call, over `count` calls."""
-    start = clock()
+    start = now()
     for _ in range(count):
         function()
-    return (clock() - start) / count
+    return (now() - start) / count
 
 
 def count_for(function: Function, seconds: float) -> int:
-    """How many calls take about that long, from one warm call."""
+    """How many calls take about that long: by the shorter of two, after a first that may have more to do."""
     function()
-    return max(1, math.ceil(seconds / max(loop(function, 1), 1e-9)))
+    return max(1, math.ceil(seconds / max(min(loop(function, 1), loop(function, 1)), 1e-9)))
 
 
 def best(function: Function, seconds: float = 0.05) -> float:
@@ -94,7 +115,7 @@ def best(function: Function, seconds: float = 0.05) -> float:
 
 
 def interleaved(
-    functions: dict[str, Function], *, seconds: float, min_rounds: int = 15, turn: float = 2e-3
+    functions: dict[str, Function], *, seconds: float, min_rounds: int = 15, turn: float = 2e-3, now: Function = clock
 ) -> dict[str, list[float]]:
     """Round after round, each function in turn, for about `seconds`: {name: its time a call in each round}.
 
@@ -107,7 +128,7 @@ def interleaved(
     while done < min_rounds or clock() < end:
         first = done % len(names)
         for name in names[first:] + names[:first]:
-            times[name].append(loop(functions[name], counts[name]))
+            times[name].append(loop(functions[name], counts[name], now))
         done += 1
     return times
 
