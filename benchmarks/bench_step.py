@@ -1,8 +1,8 @@
 """Whole training steps of the digits (ds_digits.json, random weights), and each operator's share of them.
 
 The losses are the library's own, the optimizer is torch's AdamW; no DeepSpeed, no data loading. The generator's update
-includes its rollout. `pytest benchmarks/bench_step.py --benchmark-only`, with OMP_NUM_THREADS=1 on a machine that others
-use too: at every layer of so small a network, two threads wait for the slower one.
+includes its rollout. `pytest benchmarks/bench_step.py --benchmark-only`, with OMP_NUM_THREADS=1 on a machine that
+others use too: at every layer of so small a network, two threads wait for the slower one.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from dmd2_fast.teacher import teacher_settings
 CONFIG = Path(__file__).resolve().parent.parent / "ds_digits.json"
 ROUNDS = 10
 HONEST = (
-    "The networks and the optimizer are the rest, and the two whole updates differ by noise. Elementwise operators are about "
-    "1 % of an SDXL step too: group_norm_silu inside the UNets and fewer passes are what moves a step."
+    "The networks and the optimizer are the rest, and the two whole updates differ by noise. Elementwise operators are\n"
+    "about 1 % of an SDXL step too: group_norm_silu inside the UNets and fewer passes are what moves a step."
 )
 
 
@@ -120,7 +120,9 @@ def share_table(title: str, runs: dict[str, tuple[float, dict[str, float]]]) -> 
 @pytest.mark.parametrize("network", ["generator", "fake_score"])
 def test_update(benchmark, device, note, network):
     update = digits(device)[network]
-    benchmark.pedantic(update, args=(1,), rounds=1 if benchmark.disabled else 5, warmup_rounds=0 if benchmark.disabled else 1)
+    benchmark.pedantic(
+        update, args=(1,), rounds=1 if benchmark.disabled else 5, warmup_rounds=0 if benchmark.disabled else 1
+    )
     if benchmark.disabled:
         return
     runs = operator_times(update, harness.quiet_clock(device))

@@ -1,10 +1,10 @@
 """`python -m benchmarks.compare`: the operators on the CPU against what people write today, and against their limits.
 
-Contestants of a case take turns, round after round; a ratio is the median of the rounds' ratios, a time the shortest. So
-what disturbs the machine meanwhile disturbs all of them. On one thread the clock is the process's own (user and system
-time), which other processes do not stop; on more it is the wall's. "torch.compile" is the faster of two: its defaults, and with
-ATen's random numbers kept (where a case draws any). The limit is the random numbers alone (philox_normal) where noise is
-drawn from a key, else a memory copy of the least bytes that have to move.
+Contestants of a case take turns, round after round; a ratio is the median of the rounds' ratios, a time the shortest.
+So what disturbs the machine meanwhile disturbs all of them. On one thread the clock is the process's own (user and
+system time), which other processes do not stop; on more it is the wall's. "torch.compile" is the faster of two: its
+defaults, and with ATen's random numbers kept (where a case draws any). The limit is the random numbers alone
+(philox_normal) where noise is drawn from a key, else a memory copy of the least bytes that have to move.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0, help="measuring time of a line (default: 3)")
     parser.add_argument(
         "--malloc", choices=["keep", "glibc"], default="keep",
-        help="keep: freed memory stays with the process (default); glibc: as the C library has it, see docs/performance.md",
+        help="keep: freed memory stays with the process (default); glibc: as the C library has it (docs/performance.md)",
     )  # fmt: skip
     parser.add_argument("--json", type=Path, help="write the figures here too")
     arguments = parser.parse_args()

@@ -99,10 +99,10 @@ def loop(function: Function, count: int, now: Function = clock) -> float:
     return (now() - start) / count
 
 
-def count_for(function: Function, seconds: float) -> int:
+def count_for(function: Function, seconds: float, now: Function = clock) -> int:
     """How many calls take about that long: by the shorter of two, after a first that may have more to do."""
     function()
-    return max(1, math.ceil(seconds / max(min(loop(function, 1), loop(function, 1)), 1e-9)))
+    return max(1, math.ceil(seconds / max(min(loop(function, 1, now), loop(function, 1, now)), 1e-9)))
 
 
 def best(function: Function, seconds: float = 0.05) -> float:
@@ -119,10 +119,10 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Round after round, each function in turn, for about `seconds`: {name: its time a call in each round}.
 
-    A turn is a loop of about `turn` seconds. Others on the machine, its clock and its caches then disturb all alike, and
-    a ratio within a round is of neighbours in time. Each round starts with another function.
+    A turn is a loop of about `turn` seconds. Others on the machine, its clock and its caches then disturb all alike,
+    and a ratio within a round is of neighbours in time. Each round starts with another function.
     """
-    counts = {name: count_for(function, turn) for name, function in functions.items()}
+    counts = {name: count_for(function, turn, now) for name, function in functions.items()}
     times: dict[str, list[float]] = {name: [] for name in functions}
     names, end, done = list(functions), clock() + seconds, 0
     while done < min_rounds or clock() < end:
@@ -168,13 +168,19 @@ def compiled(function: Callable[..., Any], aten_random: bool = False) -> Callabl
 def duration(seconds: float) -> str:
     """Three figures, in us or ms."""
     value, unit = (seconds * 1e6, "us") if seconds < 1e-3 else (seconds * 1e3, "ms")
-    return f"{value:.{max(0, 2 - math.floor(math.log10(max(value, 1e-9))))}f} {unit}" if value < 1000 else f"{value:.0f} {unit}"
+    return (
+        f"{value:.{max(0, 2 - math.floor(math.log10(max(value, 1e-9))))}f} {unit}"
+        if value < 1000
+        else f"{value:.0f} {unit}"
+    )
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table whose columns are aligned for a terminal too."""
     lines = [list(header), *[list(row) for row in rows]]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    text = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines]
+    text = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+    ]
     text.insert(1, "| " + " | ".join("-" * max(width, 3) for width in widths) + " |")
     return "\n".join(text)

@@ -26,11 +26,9 @@ def read(path: Path) -> list[Record]:
         if "contestant" in entry.get("extra_info", {}):
             records.append(entry["extra_info"] | {"seconds": entry["stats"]["min"]})
     for entry in content.get("compare", []):
-        seconds = dict(entry["seconds"])
-        seconds.pop("limit", None)
-        compiled = [seconds.pop(name) for name in ("compiled", "compiled_aten") if name in seconds]
-        seconds["compiled"] = min(compiled)
-        records += [entry | {"contestant": name, "seconds": value} for name, value in seconds.items()]
+        ours, ratios = entry["seconds"]["ours"], entry["ratios"]
+        times = {"ours": 1.0} | ratios | {"compiled": ratios["best_compiled"]}
+        records += [entry | {"contestant": name, "seconds": ours * value} for name, value in times.items()]
     if not records:
         raise ValueError(f"{path}: no results of the operators' benchmarks in it")
     return records
@@ -55,7 +53,7 @@ def draw(records: list[Record], title: str, stem: Path) -> list[Path]:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     bars = slowdowns(records)
     names = [name for name in OTHERS if any(name in others for others in bars.values())]
@@ -64,10 +62,16 @@ def draw(records: list[Record], title: str, stem: Path) -> list[Path]:
     for i, name in enumerate(names):
         at = [row + (i - (len(names) - 1) / 2) * height for row, others in enumerate(bars.values()) if name in others]
         values = [others[name] for others in bars.values() if name in others]
-        drawn = axes.barh(at, values, height, label=OTHERS[name], color=COLOURS[name])
-        axes.bar_label(drawn, fmt="%.1f", padding=2, fontsize=7)
+        lengths = [value - 1.0 for value in values]
+        drawn = axes.barh(at, lengths, height, left=1.0, label=OTHERS[name], color=COLOURS[name])
+        axes.bar_label(
+            drawn, [f"{value:.1f}" if value >= 1 else f"{value:.2f}" for value in values], padding=2, fontsize=7
+        )
     axes.axvline(1.0, color="black", linewidth=1)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
     axes.margins(x=0.12)
     axes.set_yticks(range(len(bars)), list(bars), fontsize=8)
     axes.invert_yaxis()

@@ -9,8 +9,8 @@ from benchmarks.harness import duration, markdown
 
 OTHERS = {"reference": "reference", "compiled": "torch.compile", "dmd2": "DMD2 eager", "fastgen": "FastGen eager"}
 HOW = (
-    "Shortest time a call; vs x: how many times faster ours is than x. Limit: a memory copy of the least bytes that have "
-    "to move, or where noise is drawn from a key the random numbers alone, measured in this run."
+    "Shortest time a call; vs x: how many times faster ours is than x. Limit: a memory copy of the least bytes that\n"
+    "have to move, or where noise is drawn from a key the random numbers alone, measured in this run."
 )
 
 

@@ -122,7 +122,9 @@ def test_r1_perturb(function):
 def test_r1_penalty():
     std = torch.full((6,), 0.25, dtype=torch.float64)
     compare(
-        lambda a, b: baselines.eager_r1_penalty(a, b, 0.25), lambda a, b: oracles.r1_penalty(a, b, std), tensors(2, (6, 1))
+        lambda a, b: baselines.eager_r1_penalty(a, b, 0.25),
+        lambda a, b: oracles.r1_penalty(a, b, std),
+        tensors(2, (6, 1)),
     )
 
 
