@@ -29,7 +29,7 @@ from dmd2_fast.teacher import teacher_settings
 CONFIG = Path(__file__).resolve().parent.parent / "ds_digits.json"
 ROUNDS = 10
 HONEST = (
-    "The networks and the optimizer are the rest, and the two whole updates differ by noise. Elementwise operators are\n"
+    "The networks and the optimizer are the rest; the two whole updates differ by noise. Elementwise operators are\n"
     "about 1 % of an SDXL step too: group_norm_silu inside the UNets and fewer passes are what moves a step."
 )
 

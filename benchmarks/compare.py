@@ -194,7 +194,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0, help="measuring time of a line (default: 3)")
     parser.add_argument(
         "--malloc", choices=["keep", "glibc"], default="keep",
-        help="keep: freed memory stays with the process (default); glibc: as the C library has it (docs/performance.md)",
+        help="keep: freed memory stays in the process (default); glibc: as the C library has it (docs/performance.md)",
     )  # fmt: skip
     parser.add_argument("--json", type=Path, help="write the figures here too")
     arguments = parser.parse_args()
