@@ -87,7 +87,7 @@ class DenoisingKernel {
     Two squares{};
     if constexpr (kKeyed) {
       const Stream stream(*arguments.key, range.sample);
-      for_twos(range.begin, range.end, [&](int64_t i, auto count) { step(i, normals<T>(stream, i), count, &squares); });
+      for_normals<T>(stream, range.begin, range.end, [&](int64_t i, Two n, auto count) { step(i, n, count, &squares); });
     } else {
       for_twos(range.begin, range.end, [&](int64_t i, auto count) {
         step(i, noise_ ? load_two(noise_ + i, count) : Two{}, count, &squares);

@@ -11,14 +11,15 @@ template <typename T>
 void normal(const Noise& noise, T* out, int64_t size, Range range) {
   const Stream stream(noise, range.sample);
   out += range.sample * size;
-  for_twos(range.begin, range.end, [&](int64_t i, auto count) { store_two(out + i, normals<T>(stream, i), count); });
+  for_normals<T>(stream, range.begin, range.end, [&](int64_t i, Two n, auto count) { store_two(out + i, n, count); });
 }
 
 inline void uniform(const Noise& noise, float* out, int64_t size, Range range) {
   const Stream stream(noise, range.sample);
   out += range.sample * size;
   for_twos(range.begin, range.end, [&](int64_t i, auto count) {
-    const Pairs words = stream.pairs(i / 4);
+    Pairs words;
+    stream.pairs<1>(i / 4, &words);
     store_two(out + i, interleaved({uniform_of(words.radius), uniform_of(words.angle)}), count);
   });
 }
@@ -40,7 +41,7 @@ class AffineKernel {
   void run(const Affine& arguments, Range range) const {
     if constexpr (kSource == Source::kKeyed) {
       const Stream stream(*arguments.key, range.sample);
-      for_twos(range.begin, range.end, [&](int64_t i, auto count) { step(i, normals<T>(stream, i), count); });
+      for_normals<T>(stream, range.begin, range.end, [&](int64_t i, Two n, auto count) { step(i, n, count); });
     } else if constexpr (kSource == Source::kGiven) {
       for_twos(range.begin, range.end, [&](int64_t i, auto count) { step(i, load_two(noise_ + i, count), count); });
     } else {
