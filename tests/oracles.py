@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LAYOUTS = ("contiguous", "channels_last", "strided", "expanded")
+LAYOUTS = ("contiguous", "channels_last", "batch_last", "strided", "expanded")
 SHAPES = ((3, 5, 7, 3), (1, 1, 1, 1), (2, 3, 8, 8))
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow")
 
@@ -23,6 +23,8 @@ def random_tensor(shape: Sequence[int], dtype: torch.dtype, seed: int, layout: s
     values = values.to(torch.get_default_device(), dtype)
     if layout == "channels_last":
         return values.to(memory_format=torch.channels_last)
+    if layout == "batch_last":
+        return values.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
     if layout == "strided":
         padded = torch.full((*shape[:-1], 2 * shape[-1] + 1), torch.nan, dtype=dtype)
         padded[..., 1::2] = values

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from unittest import mock
+
 import oracles
 import pytest
 import torch
@@ -9,6 +12,8 @@ from oracles import DTYPES, PREDICTION_TYPES, assert_rounded, coefficients, comp
 from simulated import ARCHITECTURES, assert_clean, assert_memory_bound, simulated
 
 from dmd2_fast import dmd_loss
+from dmd2_fast.kernels import _fold
+from dmd2_fast.kernels import dmd as kernels
 
 SHAPES = [(1, 1), (3, 5, 7, 3), (2, 1501), (5, 8, 256)]
 
@@ -61,7 +66,7 @@ def test_prediction_types_without_guidance(arch, prediction_type):
     assert_clean(device, 2)
 
 
-@pytest.mark.parametrize("layout", ["channels_last", "strided"])
+@pytest.mark.parametrize("layout", ["channels_last", "batch_last"])
 def test_layouts(layout):
     with simulated(80, race="report") as device:
         check(make((3, 5, 7, 3), torch.bfloat16, layout), "flow")
@@ -78,6 +83,15 @@ def test_mixed_dtypes():
     assert_clean(device, 1)
     exact = oracles.dmd_loss(*(t.double() for t in tensors), None, alpha, sigma, "epsilon", 2.0, 1e-6)
     assert_rounded(loss, exact, 2e-6 * exact)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_more_samples_and_tiles_than_are_folded_at_a_time(arch, monkeypatch):
+    monkeypatch.setattr(kernels, "FOLD", 16)
+    for shape in ((3, 20000), (40, 1600), (150, 3)):
+        with simulated(arch, race="report") as device:
+            check(make(shape, torch.float32), "flow")
+        assert_clean(device, 2)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -98,6 +112,22 @@ def test_the_same_bits_whoever_comes_last(arch):
     assert losses[1] == losses[4] == losses[7]
     exact = oracles.dmd_loss(*(t.double() for t in tensors), None, alpha, sigma, "flow", 2.0, 1e-6)
     assert_rounded(losses[0], exact, 2e-6 * exact)
+
+
+def test_counters_belong_to_a_stream_or_to_one_captured_launch():
+    """Launches that may run at the same time have different ones; those of a stream share one."""
+    x = torch.zeros(1)
+    kept = []
+    with simulated(90):
+        for handle in (1, 2, 1):
+            stream = SimpleNamespace(cuda_stream=handle, wait_stream=lambda other: None)
+            with mock.patch.object(torch.cuda, "current_stream", lambda *_, stream=stream: stream):
+                kept.append(_fold.workspace(x, 5)[0])
+        with mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: True):
+            captured = [_fold.workspace(x, 5)[0] for _ in range(2)]
+    assert kept[0] is kept[2]
+    assert len({t.data_ptr() for t in (*kept, *captured)}) == 4
+    assert all(t.item() == 0 for t in (*kept, *captured))
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

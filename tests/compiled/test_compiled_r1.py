@@ -44,7 +44,7 @@ def test_perturb_with_a_key(arch, dtype):
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("layout", ["contiguous", "batch_last"])
 def test_given_noise_and_gradient(arch, dtype, layout):
     std = stds(3)
     x, noise = (random_tensor((3, 4, 9, 9), dtype, seed, layout) for seed in range(2))
