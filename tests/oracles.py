@@ -50,7 +50,7 @@ def column(values: Tensor, like: Tensor) -> Tensor:
 def assert_twice(ours: Tensor, plain: Tensor, exact: Tensor, what: str = "", num_roundings: int = 1) -> None:
     """Our error against float64 is at most twice PyTorch's own in the same dtype, plus one rounding of the largest.
 
-    PyTorch's own counts as half a spacing where it is less: a single number can come out better than that by luck alone.
+    PyTorch's own counts as half a spacing where it is less: a single number can come out better than that by luck.
 
     In bf16 and f16, PyTorch's error is large (coefficients and intermediate results are rounded too), so the promise of
     one rounding at the store is asserted beside it (of two, where what is kept for the backward pass is rounded).

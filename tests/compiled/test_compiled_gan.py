@@ -13,7 +13,7 @@ import ptxsim
 import pytest
 import test_gan
 import torch
-from oracles import DTYPES, compare, random_tensor
+from oracles import DTYPES, compare
 
 from dmd2_fast import gan_discriminator_loss, gan_generator_loss, gan_head_loss, use_backend
 
@@ -63,9 +63,7 @@ def test_confident_losses_keep_their_digits(arch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("shape", "sign"), [((5, 64, 32), 1), ((2, 30, 5), -1), ((3, 90, 1), 1), ((70, 6, 2), 1)]
-)
+@pytest.mark.parametrize(("shape", "sign"), [((5, 64, 32), 1), ((2, 30, 5), -1), ((3, 90, 1), 1), ((70, 6, 2), 1)])
 def test_head(arch, shape, sign, dtype):
     inputs = test_gan.draws_of_head_inputs(shape, dtype)
     inputs[0] = torch.stack([torch.full_like(inputs[0], torch.nan), inputs[0]], -1)[..., 1]
