@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._precise import over, sigmoid, softplus
 from ._reduce import IS_COMPILED, fold, fold_counter, laid_out_like, launch
 from ._store import rounded
 
@@ -21,53 +22,6 @@ _LOGITS = 1024
 # Elements a program of the head holds at once, and a thread of them, the head's three sums beside.
 _HEAD = 4096
 _HEAD_PER_THREAD = 16
-
-
-@triton.jit
-def _exp(x):
-    """exp of an f32 block to 1 ulp: the hardware's is off by 2 and more, which a loss of few logits would show."""
-    x = tl.clamp(x, -104.0, 89.0, propagate_nan=tl.PropagateNan.ALL)  # 0 and infinity beyond
-    n = tl.floor(tl.fma(x, 1.4426950408889634, 0.5))
-    # r = x - n ln(2), |r| <= ln(2) / 2, with ln(2) in two parts.
-    r = tl.fma(n, 2.12194440e-4, tl.fma(n, -0.693359375, x))
-    series = tl.zeros_like(r) + 1.0 / 5040.0
-    series = tl.fma(series, r, 1.0 / 720.0)
-    series = tl.fma(series, r, 1.0 / 120.0)
-    series = tl.fma(series, r, 1.0 / 24.0)
-    series = tl.fma(series, r, 1.0 / 6.0)
-    series = tl.fma(series, r, 0.5)
-    series = tl.fma(series * r, r, r) + 1.0
-    # 2^n in two factors, each of which is an f32.
-    whole = n.to(tl.int32)
-    half = whole >> 1
-    first = ((half + 127) << 23).to(tl.float32, bitcast=True)
-    second = ((whole - half + 127) << 23).to(tl.float32, bitcast=True)
-    return series * first * second
-
-
-@triton.jit
-def _over(x, count):
-    """x / count, of an int, rounded to nearest, which Triton's own f32 division is not."""
-    return tl.div_rn(x, tl.cast(count, tl.float32))
-
-
-@triton.jit
-def _sigmoid(x):
-    """1 / (1 + exp(-x)) of an f32 block."""
-    return tl.div_rn(1.0, 1.0 + _exp(-x))
-
-
-@triton.jit
-def _softplus(x):
-    """log(1 + exp(x)) of an f32 block, precise also where it is small."""
-    p = _exp(-tl.abs(x))
-    # log(1 + p) = 2 artanh(s), s = p / (2 + p) <= 1 / 3: the series 2 (s + s^3 / 3 + s^5 / 5 + ...) to s^15.
-    s = tl.div_rn(p, 2.0 + p)
-    square = s * s
-    series = tl.zeros_like(s) + 1.0 / 15.0
-    for i in tl.static_range(6):
-        series = tl.fma(series, square, 1.0 / (13 - 2 * i))
-    return tl.maximum(x, 0.0) + 2.0 * tl.fma(series * square, s, s)
 
 
 @triton.jit
@@ -84,11 +38,11 @@ def _mean_softplus_kernel(
     element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = element < num_real
     real = tl.load(real_ptr + element, mask=mask, other=0.0).to(tl.float32)
-    loss = _over(tl.sum(tl.where(mask, _softplus(-real), 0.0), 0), num_real)
+    loss = over(tl.sum(tl.where(mask, softplus(-real), 0.0), 0), num_real)
     if fake_ptr is not None:
         mask = element < num_fake
         fake = tl.load(fake_ptr + element, mask=mask, other=0.0).to(tl.float32)
-        loss += _over(tl.sum(tl.where(mask, _softplus(fake), 0.0), 0), num_fake)
+        loss += over(tl.sum(tl.where(mask, softplus(fake), 0.0), 0), num_fake)
     fold(loss, loss_ptr, sums_ptr, counter_ptr)
 
 
@@ -107,11 +61,11 @@ def _mean_softplus_backward_kernel(
     grad = tl.load(grad_ptr).to(tl.float32)
     element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     real = tl.load(real_ptr + element, mask=element < num_real).to(tl.float32)
-    slope = -_sigmoid(-real) * _over(grad, num_real)
+    slope = -sigmoid(-real) * over(grad, num_real)
     tl.store(grad_real_ptr + element, rounded(slope, grad_real_ptr.dtype.element_ty, FAST), mask=element < num_real)
     if fake_ptr is not None:
         fake = tl.load(fake_ptr + element, mask=element < num_fake).to(tl.float32)
-        slope = _sigmoid(fake) * _over(grad, num_fake)
+        slope = sigmoid(fake) * over(grad, num_fake)
         tl.store(grad_fake_ptr + element, rounded(slope, grad_fake_ptr.dtype.element_ty, FAST), mask=element < num_fake)
 
 
@@ -218,21 +172,21 @@ def _head_forward_kernel(
         norm_weight = tl.load(norm_weight_ptr + channel, mask=mask, other=0.0).to(tl.float32)
         norm_bias = tl.load(norm_bias_ptr + channel, mask=mask, other=0.0).to(tl.float32)
         proj_weight = tl.load(proj_weight_ptr + channel, mask=mask, other=0.0).to(tl.float32)
-        mean = _over(tl.sum(x, 1, keep_dims=True), GROUP_CHANNELS)
+        mean = over(tl.sum(x, 1, keep_dims=True), GROUP_CHANNELS)
         difference = tl.where(mask, x - mean, 0.0)
         # The rounding of the mean is the same for all channels of the group, and would add up in the logit.
-        difference -= tl.where(mask, _over(tl.sum(difference, 1, keep_dims=True), GROUP_CHANNELS), 0.0)
-        variance = _over(tl.sum(difference * difference, 1, keep_dims=True), GROUP_CHANNELS)
+        difference -= tl.where(mask, over(tl.sum(difference, 1, keep_dims=True), GROUP_CHANNELS), 0.0)
+        variance = over(tl.sum(difference * difference, 1, keep_dims=True), GROUP_CHANNELS)
         rstd = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
         z = tl.fma(difference * rstd, norm_weight, norm_bias)
-        products += tl.where(mask, z * _sigmoid(z) * proj_weight, 0.0)
+        products += tl.where(mask, z * sigmoid(z) * proj_weight, 0.0)
         statistic = sample * num_groups + group
         tl.store(mean_ptr + statistic, mean, mask=group < num_groups)
         tl.store(rstd_ptr + statistic, rstd, mask=group < num_groups)
     logit = tl.sum(tl.sum(products, 1), 0) + tl.load(proj_bias_ptr).to(tl.float32)
     tl.store(logits_ptr + sample, rounded(logit, logits_ptr.dtype.element_ty, FAST))
-    tl.store(slope_ptr + sample, sign * _sigmoid(sign * logit))
-    fold(_over(_softplus(sign * logit), num_samples), loss_ptr, losses_ptr, counter_ptr)
+    tl.store(slope_ptr + sample, sign * sigmoid(sign * logit))
+    fold(over(softplus(sign * logit), num_samples), loss_ptr, losses_ptr, counter_ptr)
 
 
 @triton.jit
@@ -282,7 +236,7 @@ def _head_backward_kernel(
         if grad_logits_ptr is not None:
             grad_logit += tl.load(grad_logits_ptr + sample * stride_grad, mask=in_batch, other=0.0).to(tl.float32)
         if grad_loss_ptr is not None:
-            scale = _over(tl.load(grad_loss_ptr).to(tl.float32), num_samples)
+            scale = over(tl.load(grad_loss_ptr).to(tl.float32), num_samples)
             grad_logit += tl.load(slope_ptr + sample, mask=in_batch, other=0.0) * scale
         x = tl.load(
             features_ptr + sample * stride_sample + tl.cast(channel, tl.int64) * stride_channel, mask=mask, other=0.0
@@ -290,18 +244,18 @@ def _head_backward_kernel(
         mean = tl.load(mean_ptr + sample * num_groups + group, mask=in_batch, other=0.0)
         rstd = tl.load(rstd_ptr + sample * num_groups + group, mask=in_batch, other=0.0)
         difference = tl.where(mask, x - mean, 0.0)
-        difference -= tl.where(mask, _over(tl.sum(difference, 1, keep_dims=True), GROUP_CHANNELS), 0.0)  # as forward
+        difference -= tl.where(mask, over(tl.sum(difference, 1, keep_dims=True), GROUP_CHANNELS), 0.0)  # as forward
         normalised = difference * rstd
         z = tl.fma(normalised, norm_weight, norm_bias)
-        gate = _sigmoid(z)
+        gate = sigmoid(z)
         grad_z = grad_logit * proj_weight * (gate * tl.fma(z, 1.0 - gate, 1.0))
         sums_weight = tl.fma(grad_z, normalised, sums_weight)
         sums_bias += grad_z
         sums_proj = tl.fma(grad_logit, z * gate, sums_proj)
         sums_logit += grad_logit
         grad = grad_z * norm_weight
-        constant = _over(tl.sum(grad, 1, keep_dims=True), GROUP_CHANNELS)
-        slope = _over(tl.sum(grad * normalised, 1, keep_dims=True), GROUP_CHANNELS)
+        constant = over(tl.sum(grad, 1, keep_dims=True), GROUP_CHANNELS)
+        slope = over(tl.sum(grad * normalised, 1, keep_dims=True), GROUP_CHANNELS)
         grad_x = rstd * (grad - constant - normalised * slope)
         pointer = grad_features_ptr + sample * grad_stride_sample + tl.cast(channel, tl.int64) * grad_stride_channel
         tl.store(pointer, rounded(grad_x, grad_features_ptr.dtype.element_ty, FAST), mask=mask)

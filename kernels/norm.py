@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import _norm_tiles
+from ._norm_tiles import load_tile, total
 from ._reduce import IS_COMPILED, laid_out_like, launch
 from ._silu import MINUS_LOG2_E, sigmoid, silu_slope
 from ._store import rounded
@@ -26,25 +28,11 @@ from ._store import rounded
 # to begin with along positions. Backward, a warp has whole rows of 256, so that sums over positions need no barrier.
 _FORWARD = (8192, 32, 8192)
 _BACKWARD = (2048, 16, 256)
-_FOLD_ROWS, _FOLD_CHANNELS = 16, 64
-
-
-@triton.jit
-def _load(pointer, mask, EVEN: tl.constexpr):
-    """A tile in f32, 0 outside the mask, which EVEN says is true throughout."""
-    values = tl.load(pointer) if EVEN else tl.load(pointer, mask=mask, other=0.0)
-    return values.to(tl.float32)
-
-
-@triton.jit
-def _total(block):
-    """The sum of a 2-D block."""
-    return tl.sum(tl.sum(block, 1), 0)
-
-
-@triton.jit
-def _add_pairs(a, b, c, d):
-    return a + c, b + d
+_FOLD_ROWS, _FOLD_CHANNELS = 64, 16
+# Elements of the largest group that one program has, contiguous: 128 KB in 16 bits. In channels_last images, where its
+# channels are a short piece of each position's row, smaller ones, for which further launches would cost more.
+_LARGEST_GROUP = 65536
+_LARGEST_GROUP_CHANNELS_LAST = 16384
 
 
 @triton.jit
@@ -101,19 +89,19 @@ def _group_forward_kernel(
         c0, offset, mask = _tile(
             tile, c, s, num_positions, stride_channel, stride_position, GROUP_CHANNELS, BLOCK_C, BLOCK_S
         )
-        sums += _load(x_ptr + offset + element, mask, EVEN)
-    mean = _total(sums) / count
+        sums += load_tile(x_ptr + offset + element, mask, EVEN)
+    mean = tl.div_rn(total(sums), count)
 
     sums = tl.zeros((BLOCK_C, BLOCK_S), tl.float32)
     for tile in range(num_tiles):
         c0, offset, mask = _tile(
             tile, c, s, num_positions, stride_channel, stride_position, GROUP_CHANNELS, BLOCK_C, BLOCK_S
         )
-        difference = _load(x_ptr + offset + element, mask, EVEN) - mean
+        difference = load_tile(x_ptr + offset + element, mask, EVEN) - mean
         if not EVEN:
             difference = tl.where(mask, difference, 0.0)
         sums = tl.fma(difference, difference, sums)
-    rstd = 1.0 / tl.sqrt_rn(_total(sums) / count + eps)
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(total(sums), count) + eps))
     tl.store(mean_ptr + program, mean)
     tl.store(rstd_ptr + program, rstd)
 
@@ -121,9 +109,9 @@ def _group_forward_kernel(
         c0, offset, mask = _tile(
             tile, c, s, num_positions, stride_channel, stride_position, GROUP_CHANNELS, BLOCK_C, BLOCK_S
         )
-        x = _load(x_ptr + offset + element, mask, EVEN)
-        weight = _load(weight_ptr + first_channel + c0 + c, c < GROUP_CHANNELS - c0, EVEN)
-        bias = _load(bias_ptr + first_channel + c0 + c, c < GROUP_CHANNELS - c0, EVEN)
+        x = load_tile(x_ptr + offset + element, mask, EVEN)
+        weight = load_tile(weight_ptr + first_channel + c0 + c, c < GROUP_CHANNELS - c0, EVEN)
+        bias = load_tile(bias_ptr + first_channel + c0 + c, c < GROUP_CHANNELS - c0, EVEN)
         # Not x * scale + shift: at a large mean the two would cancel.
         z = tl.fma(x - mean, weight * rstd, bias)
         y = rounded(z * sigmoid(z, FAST), y_ptr.dtype.element_ty, FAST)
@@ -167,20 +155,20 @@ def _group_backward_kernel(
     group_sums = tl.zeros((BLOCK_C, 1), tl.float32)
     group_projections = tl.zeros((BLOCK_C, 1), tl.float32)
     for c0 in range(0, GROUP_CHANNELS, BLOCK_C):
-        weight = _load(weight_ptr + first_channel + c0 + c, c < GROUP_CHANNELS - c0, EVEN)
-        bias = _load(bias_ptr + first_channel + c0 + c, c < GROUP_CHANNELS - c0, EVEN)
+        weight = load_tile(weight_ptr + first_channel + c0 + c, c < GROUP_CHANNELS - c0, EVEN)
+        bias = load_tile(bias_ptr + first_channel + c0 + c, c < GROUP_CHANNELS - c0, EVEN)
         sums = tl.zeros((BLOCK_C, BLOCK_S), tl.float32)
         projections = tl.zeros((BLOCK_C, BLOCK_S), tl.float32)
         for s0 in range(0, num_positions, BLOCK_S):
             offset = c0 * stride_channel + tl.cast(s0, tl.int64) * stride_position
             mask = (c < GROUP_CHANNELS - c0) & (s < num_positions - s0)
-            difference = _load(x_ptr + offset + element, mask, EVEN) - mean
+            difference = load_tile(x_ptr + offset + element, mask, EVEN) - mean
             t = tl.fma(difference, weight * (rstd * MINUS_LOG2_E), bias * MINUS_LOG2_E)
-            grad_z = _load(grad_ptr + offset + element, mask, EVEN) * silu_slope(t, FAST)
+            grad_z = load_tile(grad_ptr + offset + element, mask, EVEN) * silu_slope(t, FAST)
             sums += grad_z
             projections = tl.fma(grad_z, difference, projections)
-        channel_sums, channel_projections = tl.reduce((sums, projections), 1, _add_pairs, keep_dims=True)
-        channel_projections *= rstd
+        channel_sums = tl.sum(sums, 1, keep_dims=True)
+        channel_projections = tl.sum(projections, 1, keep_dims=True) * rstd
         row_mask = c < GROUP_CHANNELS - c0
         tl.store(row_ptr + c0, channel_sums, mask=row_mask)
         tl.store(row_ptr + num_samples * tl.cast(num_channels, tl.int64) + c0, channel_projections, mask=row_mask)
@@ -189,18 +177,18 @@ def _group_backward_kernel(
 
     count = GROUP_CHANNELS * 1.0 * num_positions
     # The gradient is rstd * (weight * grad_z - mean of weight * grad_z - normalised * mean of that times normalised).
-    constant = -_total(group_sums) / count
-    slope = -rstd * _total(group_projections) / count
+    constant = -tl.div_rn(total(group_sums), count)
+    slope = -rstd * tl.div_rn(total(group_projections), count)
     num_tiles = tl.cdiv(num_positions, BLOCK_S) * tl.cdiv(GROUP_CHANNELS, BLOCK_C)
     for tile in range(num_tiles):
         c0, offset, mask = _tile(
             tile, c, s, num_positions, stride_channel, stride_position, GROUP_CHANNELS, BLOCK_C, BLOCK_S
         )
-        weight = _load(weight_ptr + first_channel + c0 + c, c < GROUP_CHANNELS - c0, EVEN)
-        bias = _load(bias_ptr + first_channel + c0 + c, c < GROUP_CHANNELS - c0, EVEN)
-        difference = _load(x_ptr + offset + element, mask, EVEN) - mean
+        weight = load_tile(weight_ptr + first_channel + c0 + c, c < GROUP_CHANNELS - c0, EVEN)
+        bias = load_tile(bias_ptr + first_channel + c0 + c, c < GROUP_CHANNELS - c0, EVEN)
+        difference = load_tile(x_ptr + offset + element, mask, EVEN) - mean
         t = tl.fma(difference, weight * (rstd * MINUS_LOG2_E), bias * MINUS_LOG2_E)
-        grad_z = _load(grad_ptr + offset + element, mask, EVEN) * silu_slope(t, FAST)
+        grad_z = load_tile(grad_ptr + offset + element, mask, EVEN) * silu_slope(t, FAST)
         grad_x = rstd * tl.fma(grad_z, weight, tl.fma(difference, slope, constant))
         stored = rounded(grad_x, grad_x_ptr.dtype.element_ty, FAST)
         tl.store(grad_x_ptr + offset + element, stored, mask=None if EVEN else mask)
@@ -273,6 +261,12 @@ def _layout(x: Tensor, num_groups: int, tile: tuple[int, int, int]) -> _Layout:
     return _Layout(*strides, group_channels, is_even, block_c, block_s, num_warps)
 
 
+def _is_one_programs(x: Tensor, num_groups: int) -> bool:
+    """Whether a program has a group alone, or x is cut into tiles."""
+    group_size = x.numel() // (x.shape[0] * num_groups)
+    return group_size <= (_LARGEST_GROUP if x.is_contiguous() else _LARGEST_GROUP_CHANNELS_LAST)
+
+
 def group_norm_silu(
     x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -285,25 +279,24 @@ def group_norm_silu(
     y = _walkable(out)
     mean = torch.empty((x.shape[0], num_groups), dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
+    arguments = (laid_out_like(x, y), weight.contiguous(), bias.contiguous(), y, mean, rstd)
     if out.numel() == 0:
-        mean, rstd = mean.fill_(torch.nan), rstd.fill_(torch.nan)
-    else:
+        mean.fill_(torch.nan)
+        rstd.fill_(torch.nan)
+    elif _is_one_programs(y, num_groups):
         launch(
             _group_forward_kernel,
             mean.numel(),
             x,
-            laid_out_like(x, y),
-            weight.contiguous(),
-            bias.contiguous(),
-            y,
-            mean,
-            rstd,
+            *arguments,
             num_groups,
             math.prod(x.shape[2:]),
             eps=eps,
             FAST=IS_COMPILED,
             **_layout(y, num_groups, _FORWARD)._asdict(),
         )
+    else:
+        _norm_tiles.forward(*arguments, eps)
     return out if y is out else out.copy_(y), mean, rstd
 
 
@@ -316,18 +309,16 @@ def group_norm_silu_backward(
     grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(bias)
     num_samples, num_channels = x.shape[:2]
     num_groups = mean.shape[1]
-    sums = torch.empty((2, num_samples, num_channels), dtype=torch.float32, device=x.device)
-    if out.numel():
+    saved = (laid_out_like(grad, grad_x), laid_out_like(x, grad_x), weight.contiguous(), bias.contiguous(), mean, rstd)
+    if out.numel() == 0:
+        sums = mean.new_empty((2, 0, num_channels))
+    elif _is_one_programs(grad_x, num_groups):
+        sums = mean.new_empty((2, num_samples, num_channels))
         launch(
             _group_backward_kernel,
             mean.numel(),
             x,
-            laid_out_like(grad, grad_x),
-            laid_out_like(x, grad_x),
-            weight.contiguous(),
-            bias.contiguous(),
-            mean,
-            rstd,
+            *saved,
             grad_x,
             sums,
             num_samples,
@@ -336,6 +327,8 @@ def group_norm_silu_backward(
             FAST=IS_COMPILED,
             **_layout(grad_x, num_groups, _BACKWARD)._asdict(),
         )
+    else:
+        sums = _norm_tiles.backward(*saved, grad_x)
     launch(
         _fold_kernel,
         triton.cdiv(num_channels, _FOLD_CHANNELS),
@@ -343,7 +336,7 @@ def group_norm_silu_backward(
         sums,
         grad_weight,
         grad_bias,
-        num_samples if out.numel() else 0,
+        sums.shape[1],
         num_channels,
         FAST=IS_COMPILED,
         BLOCK_R=_FOLD_ROWS,

@@ -7,7 +7,8 @@ import pytest
 import torch
 from oracles import DTYPES, compare, random_tensor
 
-from dmd2_fast import gan_discriminator_loss, gan_generator_loss, gan_head_loss
+from dmd2_fast import gan_discriminator_loss, gan_generator_loss, gan_head_loss, use_backend
+from dmd2_fast.dispatch import missing
 
 HEAD_SHAPES = ((3, 12, 3), (1, 8, 2), (5, 16, 8), (2, 30, 5))
 """(N, C, num_groups)"""
@@ -34,6 +35,16 @@ def test_losses_of_logits(backend, shape, layout, dtype):
 def test_real_and_fake_may_differ_in_number(backend):
     real, fake = random_tensor((3, 2), torch.float32, 0), random_tensor((8, 1), torch.float32, 1)
     compare(gan_discriminator_loss, oracles.gan_discriminator_loss, [real, fake])
+
+
+@pytest.mark.skipif(missing("triton") != "", reason="Triton's own")
+def test_losses_of_more_programs_than_are_added_up_at_a_time(monkeypatch):
+    from dmd2_fast.kernels import gan
+
+    monkeypatch.setattr(gan, "_LOGITS", 1)
+    with use_backend("triton"):
+        for _ in range(2):  # the second finds the counter as the first left it
+            compare(gan_generator_loss, oracles.gan_generator_loss, [random_tensor((1030,), torch.float32, 0)])
 
 
 def test_values_at_zero_and_far_out(backend):
