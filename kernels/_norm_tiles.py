@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._reduce import IS_COMPILED, launch
+from ._launch import IS_COMPILED, launch
 from ._silu import MINUS_LOG2_E, sigmoid, silu_slope
 from ._store import rounded
 

@@ -1,23 +1,14 @@
-"""What the reductions share: launching, tensors in memory order, and sums over programs in a fixed order."""
+"""What the reductions share: tensors in one memory order, and sums over programs in a fixed order."""
 
 from __future__ import annotations
-
-import contextlib
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-_FOLD = 1024
+_FOLD = 256
 _counters: dict[tuple[torch.device, int], Tensor] = {}
-
-
-def launch(kernel: Any, num_programs: int, on: Tensor, *arguments: Any, **options: Any) -> None:
-    """Run a kernel on the device of the tensor `on`: Triton launches on the current one, which may be another."""
-    with torch.cuda.device(on.device) if on.is_cuda else contextlib.nullcontext():
-        kernel[(num_programs,)](*arguments, **options)
 
 
 def laid_out_like(tensor: Tensor, like: Tensor) -> Tensor:
@@ -58,7 +49,3 @@ def fold(value, out_ptr, values_ptr, counter_ptr, BLOCK: tl.constexpr = _FOLD):
                 index = first + tl.arange(0, BLOCK)
                 sums += tl.load(values_ptr + index, mask=index < num_programs, other=0.0, volatile=True)
             tl.store(out_ptr, tl.sum(sums, 0))
-
-
-IS_COMPILED = isinstance(fold, triton.runtime.JITFunction)
-"""False in Triton's interpreter, which has no inline assembly: FAST of the kernels."""

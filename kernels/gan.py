@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._launch import IS_COMPILED, launch
 from ._precise import over, sigmoid, softplus
-from ._reduce import IS_COMPILED, fold, fold_counter, laid_out_like, launch
+from ._reduce import fold, fold_counter, laid_out_like
 from ._store import rounded
 
 # Logits a program of the losses, with 4 warps.

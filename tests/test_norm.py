@@ -5,8 +5,7 @@ import pytest
 import torch
 from oracles import DTYPES, LAYOUTS, compare, random_tensor
 
-from dmd2_fast import group_norm_silu, use_backend
-from dmd2_fast.dispatch import missing
+from dmd2_fast import group_norm_silu
 
 SHAPES = (((3, 12, 7, 3), 3), ((5, 6, 1, 1), 2), ((1, 16, 4, 4), 8), ((2, 10, 5, 9), 1))
 
@@ -48,14 +47,14 @@ def test_values_and_gradients(backend, shape, num_groups, layout, dtype):
     assert group_norm_silu(*inputs, num_groups).stride() == torch.empty_like(inputs[0]).stride()
 
 
-@pytest.mark.skipif(missing("triton") != "", reason="Triton's own")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize(("shape", "num_groups"), [((2, 6, 19, 13), 2), ((1, 16, 8, 16), 4)])
-def test_groups_cut_into_tiles(monkeypatch, shape, num_groups, layout, dtype):
+def test_groups_cut_into_tiles(backend, monkeypatch, shape, num_groups, layout, dtype):
+    if backend != "triton":
+        pytest.skip("Triton's own")
     cut_into_tiles(monkeypatch)
-    with use_backend("triton"):
-        check(inputs_of(shape, dtype, layout), num_groups)
+    check(inputs_of(shape, dtype, layout), num_groups)
 
 
 @pytest.mark.parametrize("shape", [(3, 12), (3, 12, 5), (2, 12, 3, 2, 4)])
