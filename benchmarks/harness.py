@@ -105,17 +105,17 @@ def count_for(function: Function, seconds: float, now: Function = clock) -> int:
     return max(1, math.ceil(seconds / max(min(loop(function, 1, now), loop(function, 1, now)), 1e-9)))
 
 
-def best(function: Function, seconds: float = 0.05) -> float:
+def best(function: Function, seconds: float = 0.05, now: Function = clock) -> float:
     """The shortest of the times a call that fit into `seconds`, at least five."""
-    count = count_for(function, seconds / 20)
+    count = count_for(function, seconds / 20, now)
     end, times = clock() + seconds, []
     while len(times) < 5 or clock() < end:
-        times.append(loop(function, count))
+        times.append(loop(function, count, now))
     return min(times)
 
 
 def interleaved(
-    functions: dict[str, Function], *, seconds: float, min_rounds: int = 15, turn: float = 2e-3, now: Function = clock
+    functions: dict[str, Function], *, seconds: float, min_rounds: int = 15, turn: float = 1e-3, now: Function = clock
 ) -> dict[str, list[float]]:
     """Round after round, each function in turn, for about `seconds`: {name: its time a call in each round}.
 
