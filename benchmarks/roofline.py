@@ -7,8 +7,9 @@ how long each unit of a multiprocessor is busy with it, and how long the memory 
     memory time    bytes of all tensors that a launch is given / bandwidth
     limit ratio    the longest of all times / memory time: 1.00 where the memory alone limits the kernel
 
-Every branch that can be reached counts once for each thread, loops as often as their case says. Not seen: latency,
-caches, tails of the grid, the cost of a launch (2 to 5 microseconds).
+Every branch that can be reached counts once for each thread, loops as often as their case says; what only the last
+program to arrive does, beyond an atomic operation, is left out. Not seen: latency, caches, tails of the grid, the cost
+of a launch (2 to 5 microseconds).
 """
 
 from __future__ import annotations
@@ -49,10 +50,10 @@ class Gpu:
     lanes: dict[str, float]
 
 
-_LANES = {"issue": 128, "integer multiply": 64, "ALU": 64, "special functions": 16, "load/store": 32}
+_LANES = {"issue": 128, "integer multiply": 64, "ALU": 64, "special functions": 16, "load/store": 32, "FP64": 32}
 GPUS = {
     80: Gpu("A100 80 GB", 108, 1.41e9, 2.0e12, {**_LANES, "FMA": 64}),
-    90: Gpu("H100 SXM", 132, 1.755e9, 3.35e12, {**_LANES, "FMA": 128}),
+    90: Gpu("H100 SXM", 132, 1.755e9, 3.35e12, {**_LANES, "FMA": 128, "FP64": 64}),
 }
 _L1_BYTES = 64  # global memory's, a clock a multiprocessor
 _SHARED_BYTES = 128
@@ -69,6 +70,7 @@ _UNITS = [
     (r"MUFU|I2F|F2I|F2F|FRND|I2I|POPC|FLO|BREV|REDUX", "special functions"),
     (r"IMAD|IDP", "integer multiply"),
     (r"FFMA|FADD|FMUL|FSWZADD|HFMA2|HADD2|HMUL2|HSET2|HSETP2", "FMA"),
+    (r"DADD|DMUL|DFMA|DSETP|DMNMX", "FP64"),
     (r"LDS|STS|ATOMS|SHFL", "shared"),
     (r"LDG|STG|ATOM|RED|LD\.|ST\.", "global"),
     (r"LDL|STL", "local"),
@@ -191,11 +193,18 @@ def unit_clocks(blocks: list[Block], gpu: Gpu) -> tuple[float, dict[str, float]]
     return lanes["issue"], clocks
 
 
+def trips_of(launch: Launch, case: Case) -> tuple[int, ...]:
+    """How often each loop of the kernel runs, as the case says."""
+    source = launch.kernel.src
+    constants = {source.fn.arg_names[index]: value for (index,), value in source.constants.items()}
+    return case.trips[launch.name](constants) if launch.name in case.trips else ()
+
+
 def row_of(launch: Launch, arch: int, case: Case, dtype: torch.dtype) -> Row:
     """The roofline of one launch. ValueError where the case does not say how often the kernel's loops run."""
     gpu, metadata, elements = GPUS[arch], launch.kernel.metadata, math.prod(case.shape)
     blocks, registers = disassemble(launch.kernel.asm["cubin"], metadata.name)
-    loops, trips = loops_of(blocks), case.trips.get(launch.name, ())
+    loops, trips = loops_of(blocks), trips_of(launch, case)
     if len(loops) != len(trips):
         raise ValueError(f"{launch.name} on sm_{arch} has {len(loops)} loops, its case names {len(trips)} trip counts")
     for body, number in zip(loops, trips, strict=True):

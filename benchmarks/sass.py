@@ -76,8 +76,37 @@ def _successors(block: Block, index: int, at_label: dict[str, int]) -> list[int]
     return [index + 1]
 
 
+def _reached(blocks: list[Block], start: int, without: int | None = None) -> set[int]:
+    """The blocks that can follow `start`, itself included, where `without` is never entered."""
+    reached, waiting = {start}, [start]
+    while waiting:
+        for successor in blocks[waiting.pop()].successors:
+            if successor != without and successor not in reached:
+                reached.add(successor)
+                waiting.append(successor)
+    return reached
+
+
+def last_program_only(blocks: list[Block]) -> set[int]:
+    """The blocks that a program may leave out after its atomic operation on global memory.
+
+    In our kernels all programs count themselves in, and the last one to arrive folds what all have left.
+    """
+    rare: set[int] = set()
+    exits = {index for index, block in enumerate(blocks) if any(opcode == "EXIT" for opcode in block.opcodes)}
+    for start in _reached(blocks, 0):
+        if any(opcode.startswith("ATOMG") for opcode in blocks[start].opcodes):
+            after = _reached(blocks, start) - {start}
+            rare |= {index for index in after if _reached(blocks, start, without=index) & exits}
+    return rare
+
+
 def loops_of(blocks: list[Block]) -> list[set[int]]:
-    """The blocks of each loop, in the order of the loops' headers. Sets the count of reached blocks to 1."""
+    """The blocks of each loop, in the order of the loops' headers. Sets the count of reached blocks to 1.
+
+    What only the last program does is left out: it is one program's work in a whole grid.
+    """
+    rare = last_program_only(blocks)
     bodies: dict[int, set[int]] = {}
     predecessors: dict[int, set[int]] = {}
     is_open: dict[int, bool] = {}  # on the path from the entry, of those reached so far
@@ -86,6 +115,8 @@ def loops_of(blocks: list[Block]) -> list[set[int]]:
     def visit(index: int) -> None:
         is_open[index], blocks[index].count = True, 1.0
         for successor in blocks[index].successors:
+            if successor in rare:
+                continue
             predecessors.setdefault(successor, set()).add(index)
             if successor not in is_open:
                 visit(successor)
