@@ -150,6 +150,7 @@ def captured(arch: int) -> Iterator[list[Launch]]:
 class Row:
     """What one launch needs on a target. Times are picoseconds an element, by unit; "memory" is one of them."""
 
+    operator: str
     kernel: str
     dtype: str
     shape: str
@@ -215,6 +216,7 @@ def row_of(launch: Launch, arch: int, case: Case, dtype: torch.dtype) -> Row:
     threads = 32 * metadata.num_warps * launch.programs / elements  # an element
     picoseconds = 1e12 * threads / (gpu.multiprocessors * gpu.clock)
     return Row(
+        operator=case.name,
         kernel=launch.name,
         dtype=str(dtype).removeprefix("torch."),
         shape="x".join(map(str, case.shape)),
@@ -240,6 +242,7 @@ def launches_of(case: Case, dtype: torch.dtype, arch: int) -> list[Launch]:
 
 
 COLUMNS: dict[str, Callable[[Row], str]] = {
+    "operator": lambda row: row.operator,
     "kernel": lambda row: row.kernel,
     "dtype": lambda row: row.dtype,
     "shape": lambda row: row.shape,
