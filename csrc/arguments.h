@@ -63,7 +63,7 @@ struct DenoisingLoss {
 constexpr int64_t kMostGroups = 64;
 // Scratch, in floats: so many for each of their channels and of some more (a vector's lanes), and for gradients with
 // channels first one an element.
-constexpr int64_t kColumnArrays = 7, kColumnPadding = 16;
+constexpr int64_t kColumnArrays = 7, kColumnPadding = 32;
 
 struct Groups {
   int64_t sample, first, count;

@@ -79,7 +79,9 @@ class Grouped {
     const int64_t group = channels_ / num_groups_, together = is_last_ ? groups_together() : 1;
     const int64_t blocks = (num_groups_ + together - 1) / together, elements = together * group * positions_;
     const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements));
-    const int64_t scratch_size = kColumnArrays * (together * group + kColumnPadding) + (is_last_ ? 0 : elements);
+    // What gradients need for elements, by channels or by positions, and columns.
+    const int64_t columns = together * group, padded = is_last_ ? columns : positions_;
+    const int64_t scratch_size = kColumnArrays * (columns + kColumnPadding) + (is_last_ ? positions_ : group) * (padded + kColumnPadding);
     torch::stable::parallel_for(0, num_samples_ * blocks, grain, [&](int64_t begin, int64_t end) {
       const auto scratch = buffer<float>(scratch_size);
       for (int64_t block = begin; block < end; ++block) {
@@ -90,12 +92,24 @@ class Grouped {
   }
 
  private:
-  // With channels last, as many groups at a time as make whole cache lines, and enough of them, of a position.
+  // With channels last, memory is read best in whole rows, all groups at a time; fewer of them, in whole cache lines, where
+  // threads would be without work. Sums are over a group alone, so that results do not depend on this.
   int64_t groups_together() const {
-    const int64_t most = std::min(num_groups_, kMostGroups), bytes = channels_ / num_groups_ * x_.element_size();
-    int64_t count = 1;
-    while (count < most && (count * bytes < 256 || count * bytes % 64 != 0)) {
-      ++count;
+    const int64_t threads = torch::stable::get_num_threads(), bytes = channels_ / num_groups_ * x_.element_size();
+    const auto is_shared_out = [&](int64_t count) {
+      const int64_t tasks = num_samples_ * ((num_groups_ + count - 1) / count);
+      return tasks % threads == 0 || tasks >= 4 * threads;
+    };
+    int64_t count = std::min(num_groups_, kMostGroups);
+    while (count > 1 && !is_shared_out(count)) {
+      int64_t half = (count + 1) / 2;
+      while (half < count && (half * bytes < 256 || half * bytes % 64 != 0)) {
+        ++half;
+      }
+      if (half == count) {
+        break;
+      }
+      count = half;
     }
     return count;
   }

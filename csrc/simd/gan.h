@@ -14,7 +14,7 @@ void widen(const T* x, float* out, int64_t count) {
 }
 
 inline double softplus_sum(const float* x, float sign, int64_t count) {
-  return sum_of(x, count, [sign](Vector v) { return softplus(sign * v); });
+  return sum_of(x, count, [sign](Two v) { return Two{softplus(sign * v.a), softplus(sign * v.b)}; });
 }
 
 inline void softplus_slope(const float* x, float sign, float* out, int64_t count) {
@@ -30,12 +30,10 @@ void gan_head(const GanHead& a, int64_t sample) {
   const double count = (double)a.group;
   // One statistic of all groups after the other: within a group, each waits for the one before.
   for (int64_t g = 0; g < a.num_groups; ++g) {
-    mean[g] = (float)(sum_of(features + g * a.group, a.group, [](Vector v) { return v; }) / count);
+    mean[g] = (float)(sum_of(features + g * a.group, a.group) / count);
   }
   for (int64_t g = 0; g < a.num_groups; ++g) {
-    const Vector centre = all(mean[g]);
-    const double squares = sum_of(features + g * a.group, a.group, [centre](Vector v) { return (v - centre) * (v - centre); });
-    rstd[g] = inverse_deviation(squares / count, a.eps);
+    rstd[g] = inverse_deviation(squares_around(all(mean[g]), features + g * a.group, a.group) / count, a.eps);
   }
   double logit = 0.0;
   Vector products{};

@@ -6,29 +6,36 @@
 
 namespace dmd2_fast::DMD2_FAST_ISA {
 
-// The sum of f over `count` elements.
+// The sum of f(elements) over `count` elements, where f takes and returns a Two.
 template <typename T, typename F>
 double sum_of(const T* x, int64_t count, const F& f) {
   double total = 0.0;
   for (int64_t begin = 0; begin < count; begin += kTile) {
     const int64_t end = begin + kTile < count ? begin + kTile : count;
-    Vector a{}, b{}, c{}, d{};  // four, as an addition takes several cycles
+    Two sums{}, others{};  // an addition takes several cycles: four at a time
     int64_t i = begin;
-    for (; i + 4 * kWidth <= end; i += 4 * kWidth) {
-      a += f(load(x + i));
-      b += f(load(x + i + kWidth));
-      c += f(load(x + i + 2 * kWidth));
-      d += f(load(x + i + 3 * kWidth));
+    for (; i + 2 * kTwo <= end; i += 2 * kTwo) {
+      sums = sums + f(load_two(x + i));
+      others = others + f(load_two(x + i + kTwo));
     }
-    for (; i + kWidth <= end; i += kWidth) {
-      a += f(load(x + i));
-    }
-    if (i < end) {
-      b += keep_first(f(load_part(x + i, end - i)), end - i);
-    }
-    total += sum((a + b) + (c + d));
+    for_twos(i, end, [&](int64_t j, auto n) { sums = sums + keep<T>(f(load_two(x + j, n)), n); });
+    sums = sums + others;
+    total += sum(sums.a + sums.b);
   }
   return total;
+}
+
+template <typename T>
+double sum_of(const T* x, int64_t count) {
+  return sum_of(x, count, [](Two v) { return v; });
+}
+
+template <typename T>
+double squares_around(Vector centre, const T* x, int64_t count) {
+  return sum_of(x, count, [centre](Two v) {
+    const Two distance = v - both(centre);
+    return Two{distance.a * distance.a, distance.b * distance.b};
+  });
 }
 
 inline float inverse_deviation(double variance, double eps) { return (float)(1.0 / __builtin_sqrt(variance + eps)); }
@@ -57,25 +64,58 @@ void group_norm_silu_first(const GroupNorm& a, int64_t sample, int64_t group) {
   const int64_t count = a.group * a.positions, index = sample * a.num_groups + group;
   const T* x = at<T>(a.x, index * count);
   T* y = at<T>(a.out, index * count);
-  const float mean = (float)(sum_of(x, count, [](Vector v) { return v; }) / (double)count);
+  const float mean = (float)(sum_of(x, count) / (double)count);
   const Vector centre = all(mean);
-  const double squares = sum_of(x, count, [centre](Vector v) { return (v - centre) * (v - centre); });
-  const float rstd = inverse_deviation(squares / (double)count, a.eps);
+  const float rstd = inverse_deviation(squares_around(centre, x, count) / (double)count, a.eps);
   a.mean[index] = mean;
   a.rstd[index] = rstd;
   for (int64_t c = group * a.group; c < (group + 1) * a.group; ++c, x += a.positions, y += a.positions) {
     const Vector scale = all(rstd * a.weight[c]), bias = all(a.bias[c]);
-    for (int64_t i = 0; i < a.positions; i += kWidth) {
-      const int64_t left = a.positions - i;
-      store_up_to(y + i, silu(fused(load_up_to(x + i, left) - centre, scale, bias)), left);
-    }
+    for_twos(0, a.positions, [&](int64_t i, auto n) {
+      const Two z = fused(scale, load_two(x + i, n) - both(centre), both(bias));
+      store_two(y + i, Two{silu(z.a), silu(z.b)}, n);
+    });
   }
 }
 
+// Gradients in z on their way from the first half of backward to the second: f32 in the place of the results, else in
+// the scratch, whose channels begin at multiples of kTwo.
 template <typename T>
-void group_norm_silu_backward_first(const GroupNorm& a, int64_t sample, int64_t group, float* grad_z) {
+class GradZ {
+ public:
+  GradZ(float* scratch, T* out, int64_t positions)
+      : start_(scratch), out_(out), positions_(positions), padded_((positions + kTwo - 1) / kTwo * kTwo) {}
+
+  template <typename Count>
+  void store(int64_t channel, int64_t i, Two x, Count n) const {
+    if constexpr (kIsInPlace) {
+      store_two(out_ + channel * positions_ + i, x, n);
+    } else {
+      store_two(start_ + channel * padded_ + i, x);
+    }
+  }
+  template <typename Count>
+  Two load(int64_t channel, int64_t i, Count n) const {
+    if constexpr (kIsInPlace) {
+      return load_two(out_ + channel * positions_ + i, n);
+    } else {
+      return load_two(start_ + channel * padded_ + i);
+    }
+  }
+
+ private:
+  static constexpr bool kIsInPlace = sizeof(T) == sizeof(float);
+  float* start_;
+  T* out_;
+  int64_t positions_, padded_;
+};
+
+template <typename T>
+void group_norm_silu_backward_first(const GroupNorm& a, int64_t sample, int64_t group, float* scratch) {
   const int64_t count = a.group * a.positions, index = sample * a.num_groups + group;
   const T *x = at<T>(a.x, index * count), *grad = at<T>(a.grad, index * count);
+  T* out = at<T>(a.out, index * count);
+  const GradZ<T> grad_z(scratch, out, a.positions);
   const float rstd = a.rstd[index];
   const Vector centre = all(a.mean[index]);
   for (int64_t d = 0; d < a.group; ++d) {
@@ -83,35 +123,32 @@ void group_norm_silu_backward_first(const GroupNorm& a, int64_t sample, int64_t 
     const Vector scale = all(rstd * a.weight[c]), bias = all(a.bias[c]);
     double bias_sum = 0.0, weight_sum = 0.0;
     for (int64_t begin = 0; begin < a.positions; begin += kTile) {
-      const int64_t end = begin + kTile < a.positions ? begin + kTile : a.positions;
-      Vector ones{}, distances{};
-      for (int64_t i = begin; i < end; i += kWidth) {
-        const int64_t left = end - i;
-        const Vector distance = load_up_to(x + start + i, left) - centre;
-        Vector slope;
-        silu(fused(distance, scale, bias), &slope);
-        Vector g = load_up_to(grad + start + i, left) * slope, gd = g * distance;
-        store_up_to(grad_z + start + i, g, left);
-        ones += left >= kWidth ? g : keep_first(g, left);
-        distances += left >= kWidth ? gd : keep_first(gd, left);
-      }
-      bias_sum += sum(ones);
-      weight_sum += sum(distances);
+      Two ones{}, distances{};
+      for_twos(begin, begin + kTile < a.positions ? begin + kTile : a.positions, [&](int64_t i, auto n) {
+        const Two distance = load_two(x + start + i, n) - both(centre), z = fused(scale, distance, both(bias));
+        Two slope;
+        silu(z.a, &slope.a);
+        silu(z.b, &slope.b);
+        const Two upstream = load_two(grad + start + i, n), g{upstream.a * slope.a, upstream.b * slope.b};
+        grad_z.store(d, i, g, n);
+        ones = ones + keep<T>(g, n);
+        distances = distances + keep<T>({g.a * distance.a, g.b * distance.b}, n);
+      });
+      bias_sum += sum(ones.a + ones.b);
+      weight_sum += sum(distances.a + distances.b);
     }
     a.bias_sums[sample * a.channels + c] = bias_sum;
     a.weight_sums[sample * a.channels + c] = weight_sum * rstd;
   }
   const Pull pulled = pull(a, sample, group);
   const Vector slope = all(pulled.slope), offset = all(pulled.offset);
-  T* out = at<T>(a.out, index * count);
   for (int64_t d = 0; d < a.group; ++d) {
     const Vector scale = all(rstd * a.weight[group * a.group + d]);
-    const int64_t end = (d + 1) * a.positions;
-    for (int64_t i = d * a.positions; i < end; i += kWidth) {
-      const int64_t left = end - i;
-      const Vector distance = load_up_to(x + i, left) - centre;
-      store_up_to(out + i, fused(load_up_to(grad_z + i, left), scale, fused(distance, slope, offset)), left);
-    }
+    const int64_t start = d * a.positions;
+    for_twos(0, a.positions, [&](int64_t i, auto n) {
+      const Two distance = load_two(x + start + i, n) - both(centre);
+      store_two(out + start + i, fused(scale, grad_z.load(d, i, n), fused(slope, distance, both(offset))), n);
+    });
   }
 }
 
@@ -119,6 +156,10 @@ void group_norm_silu_backward_first(const GroupNorm& a, int64_t sample, int64_t 
 
 // Rows summed up in f32 before they are folded in double.
 constexpr int64_t kRows = 128;
+
+// A row's columns are few cache lines and the next row's are pages away, which no processor foresees: ask for them so many
+// rows in advance where they are read for the first time.
+constexpr int64_t kRowsAhead = 8;
 
 // What the scratch holds, an entry a column (a channel of the groups), with zeros up to the next multiple of kWidth.
 struct Columns {
@@ -165,6 +206,7 @@ void add_up(const GroupNorm& a, Groups groups, const Columns& columns, double* t
     const T* row = at<T>(a.x, columns.offset + begin * channels);
     for (int64_t i = begin; i < end; ++i, row += channels) {
       for (int64_t c = 0; c < count; c += kWidth) {
+        __builtin_prefetch(row + kRowsAhead * channels + c);
         store(lanes + c, load(lanes + c) + f(load_up_to(row + c, count - c), c));
       }
     }
@@ -199,6 +241,7 @@ void group_norm_silu_last(const GroupNorm& a, Groups groups, float* scratch) {
   for (int64_t i = 0; i < a.positions; ++i, row += a.channels, out += a.channels) {
     for (int64_t c = 0; c < columns.count; c += kWidth) {
       const int64_t left = columns.count - c;
+      __builtin_prefetch(out + kRowsAhead * a.channels + c, 1);
       store_up_to(out + c, silu(fused(load_up_to(row + c, left) - load(mean + c), load(scale + c), load(bias + c))), left);
     }
   }
@@ -210,7 +253,12 @@ void group_norm_silu_backward_last(const GroupNorm& a, Groups groups, float* scr
   set_affine(a, groups, columns);
   const int64_t channels = a.channels, count = columns.count;
   const float *mean = columns.mean, *scale = columns.scale, *bias = columns.bias;
-  float *ones = columns.lanes, *distances = columns.more_lanes;
+  float *ones = columns.lanes, *distances = columns.more_lanes, *grad_z = scratch + kColumnArrays * columns.padded;
+  int64_t padded = columns.padded;
+  if constexpr (sizeof(T) == sizeof(float)) {
+    grad_z = at<float>(a.out, columns.offset);
+    padded = channels;
+  }
   double *bias_sums = a.bias_sums + groups.sample * channels + columns.first;
   double *weight_sums = a.weight_sums + groups.sample * channels + columns.first;
   // grad_z and x - mean of one vector.
@@ -229,8 +277,12 @@ void group_norm_silu_backward_last(const GroupNorm& a, Groups groups, float* scr
     for (int64_t i = begin; i < end; ++i) {
       const T *x = at<T>(a.x, columns.offset + i * channels), *grad = at<T>(a.grad, columns.offset + i * channels);
       for (int64_t c = 0; c < count; c += kWidth) {
+        __builtin_prefetch(x + kRowsAhead * channels + c);
+        __builtin_prefetch(grad + kRowsAhead * channels + c);
+        __builtin_prefetch(grad_z + (i + kRowsAhead) * padded + c, 1);
         Vector distance;
         const Vector g = step(x, grad, c, count - c, &distance);
+        store_up_to(grad_z + i * padded + c, g, count - c);
         store(ones + c, load(ones + c) + g);
         store(distances + c, load(distances + c) + g * distance);
       }
@@ -249,12 +301,11 @@ void group_norm_silu_backward_last(const GroupNorm& a, Groups groups, float* scr
     }
   }
   for (int64_t i = 0; i < a.positions; ++i) {
-    const T *x = at<T>(a.x, columns.offset + i * channels), *grad = at<T>(a.grad, columns.offset + i * channels);
+    const T* x = at<T>(a.x, columns.offset + i * channels);
     T* out = at<T>(a.out, columns.offset + i * channels);
     for (int64_t c = 0; c < count; c += kWidth) {
-      Vector distance;
-      const Vector g = step(x, grad, c, count - c, &distance);
-      store_up_to(out + c, fused(g, load(scale + c), fused(distance, load(slope + c), load(shift + c))), count - c);
+      const Vector distance = load_up_to(x + c, count - c) - load(mean + c);
+      store_up_to(out + c, fused(load_up_to(grad_z + i * padded + c, count - c), load(scale + c), fused(distance, load(slope + c), load(shift + c))), count - c);
     }
   }
 }

@@ -252,6 +252,7 @@ inline Two operator-(Two x, Two y) { return {x.a - y.a, x.b - y.b}; }
 inline Two operator*(Vector factor, Two x) { return {factor * x.a, factor * x.b}; }
 inline Two fused(Vector factor, Two x, Two y) { return {fused(factor, x.a, y.a), fused(factor, x.b, y.b)}; }
 inline Two absolute(Two x) { return {absolute(x.a), absolute(x.b)}; }
+inline Two both(Vector x) { return {x, x}; }
 
 // a0 b0 a1 b1 ..
 inline Two interleaved(Two x) {
@@ -312,9 +313,19 @@ inline Two load_two(const T* from, Whole) {
 }
 template <typename T>
 inline Two load_two(const T* from, Part part) {
+#if defined(__AVX512F__)
+  if constexpr (kIsByParity<T>) {
+    const Words words = (Words)_mm512_maskz_loadu_epi16((uint32_t)((uint64_t{1} << part.count) - 1u), from);
+    return {(Vector)(words << 16), (Vector)(words & 0xFFFF0000u)};
+  } else {
+    const int64_t more = part.count - kWidth;
+    return {load_up_to(from, part.count), more > 0 ? load_part(from + kWidth, more) : Vector{}};
+  }
+#else
   T lanes[kTwo] = {};
   std::memcpy(lanes, from, part.count * sizeof(T));
   return load_two(lanes);
+#endif
 }
 template <typename T>
 inline void store_two(T* to, Two x, Whole) {
