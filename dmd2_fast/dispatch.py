@@ -209,8 +209,9 @@ class Operator:
         device, is_double = "cpu", False
         for argument in arguments:
             if isinstance(argument, Tensor):
-                device = argument.device.type
-                is_double = is_double or argument.dtype == torch.float64
+                if not argument.is_cpu:  # naming the device of each tensor would take longer than all else here
+                    device = argument.device.type
+                is_double = is_double or argument.dtype is torch.float64
             elif argument is torch.float64:
                 is_double = True
         choice, function = _choose(self.name, device, _requested)

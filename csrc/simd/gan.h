@@ -27,32 +27,35 @@ template <typename T>
 void gan_head(const GanHead& a, int64_t sample) {
   const T* features = at<T>(a.features, sample * a.channels);
   float *mean = a.mean + sample * a.num_groups, *rstd = a.rstd + sample * a.num_groups;
-  const double count = (double)a.group;
+  const double share = 1.0 / (double)a.group;
   // One statistic of all groups after the other: within a group, each waits for the one before.
   for (int64_t g = 0; g < a.num_groups; ++g) {
-    mean[g] = (float)(sum_of(features + g * a.group, a.group) / count);
+    mean[g] = (float)(sum_of(features + g * a.group, a.group) * share);
   }
   for (int64_t g = 0; g < a.num_groups; ++g) {
-    rstd[g] = inverse_deviation(squares_around(all(mean[g]), features + g * a.group, a.group) / count, a.eps);
+    rstd[g] = (float)(squares_around(all(mean[g]), features + g * a.group, a.group) * share + a.eps);
   }
+  for_vectors(a.num_groups, [&](int64_t g, int64_t left) {
+    store_up_to(rstd + g, 1.0f / root(load_up_to(rstd + g, left)), left);
+  });
   double logit = 0.0;
   Vector products{};
   int64_t held = 0;  // elements in a lane of products
   for (int64_t g = 0; g < a.num_groups; ++g) {
-    const int64_t end = (g + 1) * a.group;
+    const int64_t first = g * a.group;
+    const float *weight = a.norm_weight + first, *bias = a.norm_bias + first, *projection = a.proj_weight + first;
+    const T* x = features + first;
     const Vector centre = all(mean[g]), inverse = all(rstd[g]);
-    for (int64_t c = g * a.group; c < end; c += kWidth) {
-      const int64_t left = end - c;
-      const Vector scale = inverse * load_up_to(a.norm_weight + c, left);
-      const Vector z = fused(load_up_to(features + c, left) - centre, scale, load_up_to(a.norm_bias + c, left));
-      const Vector product = silu(z) * load_up_to(a.proj_weight + c, left);
-      products += left >= kWidth ? product : keep_first(product, left);
+    for_vectors(a.group, [&](int64_t c, int64_t left) {
+      const Vector scale = inverse * load_up_to(weight + c, left);
+      const Vector z = fused(load_up_to(x + c, left) - centre, scale, load_up_to(bias + c, left));
+      products = fused(silu(z), load_up_to(projection + c, left), products);  // beyond `left`, the projection is zero
       if (++held == kTile / kWidth) {
         logit += sum(products);
         products = Vector{};
         held = 0;
       }
-    }
+    });
   }
   a.logits[sample] = (float)(logit + sum(products));
 }
@@ -116,14 +119,13 @@ class GanHeadBackward {
       const Vector scale = load_up_to(weight + c, left), normalised = (load_up_to(x + c, left) - mean) * rstd;
       Vector slope;
       const Vector activation = silu(fused(normalised, scale, load_up_to(bias + c, left)), &slope);
-      const Vector grad_z = grad * load_up_to(projection + c, left) * slope;
-      const Vector pulled = grad_z * scale, along = pulled * normalised;
+      const Vector grad_z = grad * load_up_to(projection + c, left) * slope, pulled = grad_z * scale;
       store(pulls + c, pulled);
-      store(norm_weight + c, load(norm_weight + c) + grad_z * normalised);
-      store(norm_bias + c, load(norm_bias + c) + grad_z);
-      store(proj_weight + c, load(proj_weight + c) + grad * activation);
-      through_mean += left >= kWidth ? pulled : keep_first(pulled, left);
-      through_variance += left >= kWidth ? along : keep_first(along, left);
+      store(norm_weight + c, fused(grad_z, normalised, load(norm_weight + c)));
+      store(norm_bias + c, grad_z + load(norm_bias + c));
+      store(proj_weight + c, fused(grad, activation, load(proj_weight + c)));
+      through_mean += pulled;  // beyond `left`, weight and projection are zero, and so is this
+      through_variance = fused(pulled, normalised, through_variance);
     });
     *mean_sum = through_mean;
     *variance_sum = through_variance;

@@ -101,7 +101,7 @@ def check_vector(name: str, values: Tensor, first: Tensor) -> None:
 def check_parameter(name: str, parameter: Tensor, first: Tensor, size: int) -> None:
     """ValueError unless `parameter` goes with `first` and is a vector of `size` elements."""
     check_tensor(name, parameter, first)
-    if parameter.dim() != 1 or parameter.shape[0] != size:
+    if parameter.shape != (size,):
         raise ValueError(f"{name}: got shape {tuple(parameter.shape)}, expected ({size},)")
 
 

@@ -246,7 +246,7 @@ def gan_head_loss(
     check_parameter("norm_weight", norm_weight, features, num_channels)
     check_parameter("norm_bias", norm_bias, features, num_channels)
     check_tensor("proj_weight", proj_weight, features)
-    if tuple(proj_weight.shape) not in ((num_channels,), (1, num_channels), (1, num_channels, 1, 1)):
+    if proj_weight.shape not in ((num_channels,), (1, num_channels), (1, num_channels, 1, 1)):
         expected = f"({num_channels},), (1, {num_channels}) or (1, {num_channels}, 1, 1)"
         raise ValueError(f"proj_weight: got shape {tuple(proj_weight.shape)}, expected {expected}")
     check_parameter("proj_bias", proj_bias, features, 1)
