@@ -2,7 +2,7 @@
 // elements and folded in double, in an order that only the shape decides.
 #pragma once
 
-#include "vector.h"
+#include "functions.h"
 
 namespace dmd2_fast::DMD2_FAST_ISA {
 
