@@ -36,9 +36,8 @@ def test_real_and_fake_may_differ_in_number(backend):
     compare(gan_discriminator_loss, oracles.gan_discriminator_loss, [real, fake])
 
 
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
 def test_losses_of_more_programs_than_are_added_up_at_a_time(backend, monkeypatch):
-    if backend != "triton":
-        pytest.skip("Triton's own")
     from dmd2_fast.kernels import gan
 
     monkeypatch.setattr(gan, "_LOGITS", 1)

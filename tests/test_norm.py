@@ -47,12 +47,11 @@ def test_values_and_gradients(backend, shape, num_groups, layout, dtype):
     assert group_norm_silu(*inputs, num_groups).stride() == torch.empty_like(inputs[0]).stride()
 
 
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize(("shape", "num_groups"), [((2, 6, 19, 13), 2), ((1, 16, 8, 16), 4)])
 def test_groups_cut_into_tiles(backend, monkeypatch, shape, num_groups, layout, dtype):
-    if backend != "triton":
-        pytest.skip("Triton's own")
     cut_into_tiles(monkeypatch)
     check(inputs_of(shape, dtype, layout), num_groups)
 
