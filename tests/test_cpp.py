@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 
 import oracles
+import philox_oracle
 import pytest
 import torch
 from oracles import DTYPES, random_tensor
 
-from dmd2_fast import gan_head_loss, group_norm_silu, use_backend
+from dmd2_fast import NoiseKey, add_noise, gan_head_loss, group_norm_silu, use_backend
 from dmd2_fast.dispatch import missing
 
 pytestmark = pytest.mark.skipif(bool(missing("cpp")), reason="the C++ operators are not built")
@@ -129,3 +130,16 @@ def test_non_finite_values_stay_in_their_group(layout, bad):
         assert result.isfinite().flatten(2).all(2).tolist() == [expected, [True] * 12]
         assert not result[0, 4:8].isfinite().any()
     assert [g.isfinite().tolist() for g in grads[1:]] == [expected, expected]
+
+
+def test_more_than_2_to_31_elements():
+    """The last elements of one sample have their own counters and places; nothing wraps around to the first ones."""
+    if os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 10 * 2**30:
+        pytest.skip("needs 10 GiB of free memory")
+    x, count, key = torch.zeros(1, 2**31 + 12, dtype=torch.bfloat16), 12, NoiseKey(7, 6, 5)
+    with use_backend("cpp"):
+        x_t = add_noise(x, torch.ones(1), torch.ones(1), key=key, sample_ids=torch.tensor([9]))
+    for first in (0, 2**31 - count, 2**31):
+        noise, tolerance = philox_oracle.noise([9], (count,), (7, 6, 5), 3e-5, first)
+        error = (x_t[:, first : first + count].double() - noise).abs()
+        assert (error <= noise.abs() * 2.0**-8 + tolerance).all()
