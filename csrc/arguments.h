@@ -32,11 +32,11 @@ struct Range {
 // out = per-sample affine function of up to two tensors and noise: a * x + b * y + c * n, each (N,) coefficient an f32.
 // y and noise may be absent. copy: where x goes unchanged, or null. drawn: where the noise goes, or null.
 struct Affine {
-  const void *x, *y, *noise;  // images of the same dtype
-  const Noise* key;
-  void *out, *copy, *drawn;
-  const float *a, *b, *c;
-  int64_t size;
+  const void *x = nullptr, *y = nullptr, *noise = nullptr;  // images of the same dtype
+  const Noise* key = nullptr;
+  void *out = nullptr, *copy = nullptr, *drawn = nullptr;
+  const float *a = nullptr, *b = nullptr, *c = nullptr;
+  int64_t size = 0;
 };
 
 struct DmdLoss {

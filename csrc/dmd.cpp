@@ -57,11 +57,7 @@ Tensor dmd_loss_backward(Tensor grad, Tensor difference, Tensor scale) {
   for (float& value : factor) {
     value *= *upstream / static_cast<float>(difference.numel());
   }
-  Tensor out = images.output();
-  const Affine arguments{.x = images.data(0), .y = nullptr, .noise = nullptr, .key = nullptr, .out = out.mutable_data_ptr(),
-                         .copy = nullptr, .drawn = nullptr, .a = factor.data(), .b = nullptr, .c = nullptr, .size = images.size()};
-  images.for_ranges([&](Range range) { kernels().affine(images.dtype(), arguments, range); });
-  return images.finished(out);
+  return images.scaled(factor, difference.scalar_type());
 }
 
 }  // namespace

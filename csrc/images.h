@@ -151,6 +151,19 @@ class Images {
     return result;
   }
 
+  // Runs the affine kernel over all samples; the size is this batch's.
+  void affine(Affine arguments) const {
+    arguments.size = size_;
+    for_ranges([&](Range range) { kernels().affine(dtype(), arguments, range); });
+  }
+
+  // The first tensor times a factor for each sample, with that tensor's dtype or another.
+  Tensor scaled(const std::vector<float>& factor, ScalarType type) const {
+    Tensor out = output();
+    affine({.x = data(0), .out = out.mutable_data_ptr(), .a = factor.data()});
+    return finished(out, type);
+  }
+
   // f(range) over all samples, in pieces that begin at multiples of kTile.
   template <typename F>
   void for_ranges(const F& f) const {

@@ -67,11 +67,8 @@ std::vector<Tensor> noised(const Tensor& x0, const Tensor& alpha, const Tensor& 
   if (wants_noise) {
     outputs.push_back(images.output());
   }
-  const Affine arguments{.x = images.data(0), .y = nullptr, .noise = images.data(1), .key = key.get(),
-                         .out = out.mutable_data_ptr(), .copy = nullptr,
-                         .drawn = wants_noise ? outputs[1].mutable_data_ptr() : nullptr,
-                         .a = a.data(), .b = nullptr, .c = c.data(), .size = images.size()};
-  images.for_ranges([&](Range range) { kernels().affine(images.dtype(), arguments, range); });
+  images.affine({.x = images.data(0), .noise = images.data(1), .key = key.get(), .out = out.mutable_data_ptr(),
+                 .drawn = wants_noise ? outputs[1].mutable_data_ptr() : nullptr, .a = a.data(), .c = c.data()});
   for (Tensor& output : outputs) {
     output = images.finished(output);
   }
@@ -89,18 +86,9 @@ std::tuple<Tensor, Tensor> add_noise_drawing(Tensor x0, Tensor alpha, Tensor sig
   return {outputs[0], outputs[1]};
 }
 
-// factor * x, per sample, with x's dtype or another.
-Tensor scaled(const Images& images, const std::vector<float>& factor, ScalarType type) {
-  Tensor out = images.output();
-  const Affine arguments{.x = images.data(0), .y = nullptr, .noise = nullptr, .key = nullptr, .out = out.mutable_data_ptr(),
-                         .copy = nullptr, .drawn = nullptr, .a = factor.data(), .b = nullptr, .c = nullptr, .size = images.size()};
-  images.for_ranges([&](Range range) { kernels().affine(images.dtype(), arguments, range); });
-  return images.finished(out, type);
-}
-
 Tensor add_noise_backward(Tensor grad, Tensor alpha) {
   const Images images({{&grad, "grad"}}, false);
-  return scaled(images, coefficients(alpha, "alpha", images.num_samples()), grad.scalar_type());
+  return images.scaled(coefficients(alpha, "alpha", images.num_samples()), grad.scalar_type());
 }
 
 // Where a step of sampling goes from x0: next_alpha x0 + next_sigma n.
@@ -133,10 +121,9 @@ Tensor predicted(const Tensor& x_t, const Tensor& prediction, const Tensor& alph
   // x_t does not count where the prediction is x0 itself: it only gives dtype and strides.
   const bool uses_x_t = prediction_type != kSample;
   Tensor out = images.output();
-  const Affine arguments{.x = images.data(uses_x_t ? 0 : 1), .y = uses_x_t ? images.data(1) : nullptr, .noise = images.data(2),
-                         .key = key ? key->get() : nullptr, .out = out.mutable_data_ptr(), .copy = nullptr, .drawn = nullptr,
-                         .a = uses_x_t ? a.data() : b.data(), .b = b.data(), .c = c.data(), .size = images.size()};
-  images.for_ranges([&](Range range) { kernels().affine(images.dtype(), arguments, range); });
+  images.affine({.x = images.data(uses_x_t ? 0 : 1), .y = uses_x_t ? images.data(1) : nullptr, .noise = images.data(2),
+                 .key = key ? key->get() : nullptr, .out = out.mutable_data_ptr(), .a = uses_x_t ? a.data() : b.data(),
+                 .b = b.data(), .c = c.data()});
   return images.finished(out);
 }
 
@@ -170,10 +157,10 @@ std::tuple<Tensor, Tensor> predict_x0_backward(Tensor grad, Tensor alpha, Tensor
       return torch::stable::new_empty(grad, {&none, 1});
     }
     if (*type == grad.scalar_type()) {
-      return scaled(images, slope, *type);
+      return images.scaled(slope, *type);
     }
     const Tensor wide = torch::stable::to(grad, ScalarType::Float);  // so that the result is rounded once
-    return scaled(Images({{&wide, "grad"}}, false), slope, *type);
+    return Images({{&wide, "grad"}}, false).scaled(slope, *type);
   };
   return {result(a, x_t_type), result(b, prediction_type_of_grad)};
 }

@@ -11,9 +11,8 @@ void perturb(const Images& images, const Tensor& std, const std::optional<Tensor
   const int64_t n = images.num_samples();
   const std::vector<float> scale = coefficients(std, "std", n), ones(n, 1.0f);
   const KeyedNoise key(sample_ids, n, seed, step, stream);
-  const Affine arguments{.x = images.data(0), .y = nullptr, .noise = images.data(1), .key = key.get(), .out = perturbed,
-                         .copy = copy, .drawn = nullptr, .a = ones.data(), .b = nullptr, .c = scale.data(), .size = images.size()};
-  images.for_ranges([&](Range range) { kernels().affine(images.dtype(), arguments, range); });
+  images.affine({.x = images.data(0), .noise = images.data(1), .key = key.get(), .out = perturbed, .copy = copy,
+                 .a = ones.data(), .c = scale.data()});
 }
 
 void check_noise(const std::optional<Tensor>& noise, const std::optional<Tensor>& sample_ids) {
@@ -64,9 +63,7 @@ Tensor r1_perturb_backward(Tensor grad) {
   const Images images({{&first, "grad"}, {&second, "grad"}}, false);
   const std::vector<float> ones(n, 1.0f);
   Tensor out = images.output();
-  const Affine arguments{.x = images.data(0), .y = images.data(1), .noise = nullptr, .key = nullptr, .out = out.mutable_data_ptr(),
-                         .copy = nullptr, .drawn = nullptr, .a = ones.data(), .b = ones.data(), .c = nullptr, .size = images.size()};
-  images.for_ranges([&](Range range) { kernels().affine(images.dtype(), arguments, range); });
+  images.affine({.x = images.data(0), .y = images.data(1), .out = out.mutable_data_ptr(), .a = ones.data(), .b = ones.data()});
   return images.finished(out);
 }
 
