@@ -40,19 +40,23 @@ def _kept(on: Tensor) -> Tensor:
     return made[0]
 
 
-def workspace(on: Tensor, num_sums: int) -> tuple[Tensor, Tensor]:
-    """(counter (1,) int32, room for sums (num_sums,) f32) for a launch on the device of the tensor `on`."""
-    partials = torch.empty((num_sums,), dtype=torch.float32, device=on.device)
+def counter(on: Tensor) -> Tensor:
+    """The zero, (1,) int32, for a launch on the device of the tensor `on` to count its programs with."""
     stream = 0
     if on.is_cuda:
         with torch.cuda.device(on.device):
             if torch.cuda.is_current_stream_capturing():
-                return torch.zeros(1, dtype=torch.int32, device=on.device), partials
+                return torch.zeros(1, dtype=torch.int32, device=on.device)
             stream = torch.cuda.current_stream().cuda_stream
     key = on.device, stream
     if key not in _counters:
         _counters[key] = _kept(on)
-    return _counters[key], partials
+    return _counters[key]
+
+
+def workspace(on: Tensor, num_sums: int) -> tuple[Tensor, Tensor]:
+    """(counter, room for sums (num_sums,) f32) for a launch on the device of the tensor `on`."""
+    return counter(on), torch.empty((num_sums,), dtype=torch.float32, device=on.device)
 
 
 def forget() -> None:
@@ -82,3 +86,19 @@ def folded(partials_ptr, count, FOLD: tl.constexpr):
         at = first + tl.arange(0, FOLD)
         sums += tl.load(partials_ptr + at, mask=at < count, other=0.0, volatile=True)
     return tl.sum(sums)
+
+
+@triton.jit
+def fold(value, out_ptr, values_ptr, counter_ptr, BLOCK: tl.constexpr = 256):
+    """*out_ptr = the sum of all programs' values, from the last program to come here and in a fixed order.
+
+    values_ptr: room for one f32 a program. counter_ptr: `counter`.
+    """
+    program = tl.program_id(0)
+    num_programs = tl.num_programs(0)
+    if num_programs == 1:
+        tl.store(out_ptr, value)
+    else:
+        tl.store(values_ptr + program, value)
+        if is_last(counter_ptr):
+            tl.store(out_ptr, folded(values_ptr, num_programs, BLOCK))

@@ -101,6 +101,11 @@ def _samples_first(dense: Tensor) -> bool:
     return dense.shape[0] == 1 or dense.stride(0) == dense.numel() // dense.shape[0]
 
 
+def laid_out_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """The tensor with the strides of `like`, a tensor of its shape: itself, or a copy."""
+    return tensor if tensor.stride() == like.stride() else torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
+
+
 class Layout:
     """One memory order for the tensors of a launch, copying only those that have another.
 

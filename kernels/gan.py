@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import IS_COMPILED, launch
+from ._fold import counter, fold
+from ._launch import IS_COMPILED, laid_out_like, launch
 from ._precise import over, sigmoid, softplus
-from ._reduce import fold, fold_counter, laid_out_like
 from ._store import rounded
 
 # Logits a program of the losses, with 4 warps.
@@ -84,7 +84,7 @@ def _mean_softplus(real: Tensor, fake: Tensor | None) -> Tensor:
         None if fake is None else laid_out_like(fake, torch.empty_like(fake)),
         loss,
         torch.empty(num_programs, dtype=torch.float32, device=real.device),
-        fold_counter(real),
+        counter(real),
         num_real,
         num_fake,
         BLOCK=_LOGITS,
@@ -309,7 +309,7 @@ def gan_head_loss(
             mean,
             rstd,
             torch.empty(num_samples, **f32),
-            fold_counter(features),
+            counter(features),
             num_samples,
             num_groups,
             *features.stride(),

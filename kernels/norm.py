@@ -19,9 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _norm_tiles
-from ._launch import IS_COMPILED, launch
+from ._launch import IS_COMPILED, laid_out_like, launch
 from ._norm_tiles import load_tile, total
-from ._reduce import laid_out_like
 from ._silu import MINUS_LOG2_E, sigmoid, silu_slope
 from ._store import rounded
 
