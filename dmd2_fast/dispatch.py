@@ -88,6 +88,8 @@ def _load_extension() -> str:
         torch.ops.load_library(str(EXTENSION))
     except OSError as error:
         return f"the C++ extension does not load ({error}): {REBUILD}"
+    if hasattr(torch.ops.dmd2_fast_cpp, "instruction_set"):
+        torch.ops.dmd2_fast_cpp.instruction_set()  # RuntimeError where DMD2_FAST_ISA asks for what does not exist
     return ""
 
 

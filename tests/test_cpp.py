@@ -52,6 +52,14 @@ def test_instruction_sets_agree(results, name):
                 assert (a.double() - b.double()).abs().max() <= 32 * spacing + 1e-7, f"{label}, tensor {i}"
 
 
+def test_another_instruction_set_is_refused():
+    code = "import dmd2_fast, torch; dmd2_fast.philox_normal(torch.arange(2), (3,), dmd2_fast.NoiseKey(0))"
+    env = {**os.environ, "DMD2_FAST_ISA": "avx1024"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=120)
+    assert done.returncode != 0
+    assert "DMD2_FAST_ISA is 'avx1024': expected portable, avx2, avx512 or nothing" in done.stderr
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_group_norm_copies_nothing(layout, dtype):

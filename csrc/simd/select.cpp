@@ -1,7 +1,8 @@
 // Which instruction set's kernels run: the widest that the machine has, or what DMD2_FAST_ISA names.
 
 #include <cstdlib>
-#include <cstring>
+#include <stdexcept>
+#include <string>
 
 #include "../arguments.h"
 
@@ -21,10 +22,15 @@ extern const Kernels kTable;
 
 namespace {
 
+// Where the machine lacks what is asked for, the portable kernels run.
 const Kernels& widest() {
+  const char* value = std::getenv("DMD2_FAST_ISA");
+  const std::string asked = value ? value : "";
+  if (asked != "" && asked != "portable" && asked != "avx2" && asked != "avx512") {
+    throw std::runtime_error("DMD2_FAST_ISA is '" + asked + "': expected portable, avx2, avx512 or nothing");
+  }
 #if defined(DMD2_FAST_X86)
-  const char* asked = std::getenv("DMD2_FAST_ISA");
-  const auto allows = [asked](const char* name) { return !asked || !*asked || std::strcmp(asked, name) == 0; };
+  const auto allows = [&asked](const char* name) { return asked == "" || asked == name; };
   if (allows("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
     return avx512::kTable;
