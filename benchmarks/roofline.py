@@ -32,6 +32,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import dmd2_fast
+from benchmarks import harness
 from benchmarks.roofline_cases import CASES, Case
 from benchmarks.sass import Block, disassemble, loops_of
 
@@ -262,12 +263,12 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 
 def table(rows: list[Row], markdown: bool) -> str:
     """All columns of all rows, aligned; as Markdown on request."""
-    cells = [list(COLUMNS), *([text(row) for text in COLUMNS.values()] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
+    cells = [[text(row) for text in COLUMNS.values()] for row in rows]
     if markdown:
-        cells.insert(1, ["-" * width for width in widths])
-    lines = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in cells]
-    return "\n".join("| " + " | ".join(line) + " |" if markdown else "  ".join(line).rstrip() for line in lines)
+        return harness.markdown(list(COLUMNS), cells)
+    cells.insert(0, list(COLUMNS))
+    widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells)
 
 
 def main() -> None:

@@ -23,7 +23,9 @@ std::tuple<Tensor, Tensor> denoising_loss(Tensor prediction, Tensor x0, Tensor a
                                           int64_t prediction_type, int64_t seed, int64_t step, int64_t stream,
                                           std::optional<Tensor> sample_ids, std::optional<Tensor> sample_weight) {
   const bool uses_noise = prediction_type != kSample;
-  check(!uses_noise || noise.has_value() != sample_ids.has_value(), "noise and sample_ids: expected one of the two");
+  if (uses_noise) {
+    check_noise(noise, sample_ids);
+  }
   const bool is_keyed = uses_noise && sample_ids.has_value();
   const Images images({{&prediction, "prediction"}, {&x0, "x0"}, {uses_noise ? pointer(noise) : nullptr, "noise"}}, is_keyed);
   const int64_t n = images.num_samples(), tiles = images.tiles();
@@ -33,7 +35,7 @@ std::tuple<Tensor, Tensor> denoising_loss(Tensor prediction, Tensor x0, Tensor a
     x0_scale[i] = scales.x0_scale;
     noise_scale[i] = scales.noise_scale;
   }
-  const auto weight = sample_weight.has_value() ? coefficients(*sample_weight, "sample_weight", n) : std::vector<float>(n, 1.0f);
+  const auto weight = coefficients(sample_weight, "sample_weight", n);
   const KeyedNoise key(is_keyed ? sample_ids : std::nullopt, n, seed, step, stream);
   std::vector<float> squares(n * tiles);
   Tensor residual = images.output(ScalarType::Float);

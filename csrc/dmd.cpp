@@ -21,7 +21,7 @@ std::tuple<Tensor, Tensor, Tensor> dmd_loss(Tensor x, Tensor x_t, Tensor fake, T
     divisor[i] = static_cast<float>(x0[i].divisor);
     difference_scale[i] = static_cast<float>(x0[i].prediction / x0[i].divisor);
   }
-  const auto weight = sample_weight.has_value() ? coefficients(*sample_weight, "sample_weight", n) : std::vector<float>(n, 1.0f);
+  const auto weight = coefficients(sample_weight, "sample_weight", n);
   std::vector<float> absolute(n * tiles), squares(n * tiles);
   Tensor difference = images.output();
   const DmdLoss arguments{.x = images.data(0), .x_t = images.data(1), .fake = images.data(2), .teacher = images.data(3),

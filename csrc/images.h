@@ -20,10 +20,11 @@ inline bool is_supported(ScalarType type) {
   return type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half;
 }
 
-inline Dtype dtype_of(const Tensor& tensor) {
-  const ScalarType type = tensor.scalar_type();
+inline Dtype dtype_of(ScalarType type) {
   return type == ScalarType::BFloat16 ? Dtype::kBFloat16 : type == ScalarType::Half ? Dtype::kFloat16 : Dtype::kFloat;
 }
+
+inline Dtype dtype_of(const Tensor& tensor) { return dtype_of(tensor.scalar_type()); }
 
 // An uninitialised tensor. Straight from the allocator: the dispatcher's way takes thrice as long, as much as a small
 // operator's work.
@@ -88,6 +89,16 @@ inline std::vector<float> coefficients(const Tensor& values, const char* name, i
   return result;
 }
 
+// The same, or ones where there are none.
+inline std::vector<float> coefficients(const std::optional<Tensor>& values, const char* name, int64_t num_samples) {
+  return values.has_value() ? coefficients(*values, name, num_samples) : std::vector<float>(num_samples, 1.0f);
+}
+
+// Noise comes as a tensor or from a key, whose mark is that there are ids.
+inline void check_noise(const std::optional<Tensor>& noise, const std::optional<Tensor>& sample_ids) {
+  check(noise.has_value() != sample_ids.has_value(), "noise and sample_ids: expected one of the two");
+}
+
 // Tensors of one shape (N, *), brought to one dtype and one dense order: the first's own where the others share it, else
 // f32 and row-major. Keyed noise is laid out row-major by definition, so with a key the order is that.
 class Images {
@@ -132,7 +143,7 @@ class Images {
   int64_t num_samples() const { return num_samples_; }
   int64_t size() const { return size_; }
   int64_t tiles() const { return (size_ + kTile - 1) / kTile; }
-  Dtype dtype() const { return type_ == ScalarType::BFloat16 ? Dtype::kBFloat16 : type_ == ScalarType::Half ? Dtype::kFloat16 : Dtype::kFloat; }
+  Dtype dtype() const { return dtype_of(type_); }
 
   // For kernels to write into, in their order: like the inputs, or of another dtype.
   Tensor output() const { return output(type_); }

@@ -57,7 +57,7 @@ Tensor philox_words(Tensor sample_ids, int64_t num_words, int64_t seed, int64_t 
 // alpha x0 + sigma n, and n itself where it is asked for.
 std::vector<Tensor> noised(const Tensor& x0, const Tensor& alpha, const Tensor& sigma, const std::optional<Tensor>& noise,
                            int64_t seed, int64_t step, int64_t stream, const std::optional<Tensor>& sample_ids, bool wants_noise) {
-  check(noise.has_value() != sample_ids.has_value(), "noise and sample_ids: expected one of the two");
+  check_noise(noise, sample_ids);
   const Images images({{&x0, "x0"}, {pointer(noise), "noise"}}, sample_ids.has_value());
   const int64_t n = images.num_samples();
   const auto a = coefficients(alpha, "alpha", n), c = coefficients(sigma, "sigma", n);
@@ -145,7 +145,7 @@ std::tuple<Tensor, Tensor> predict_x0_backward(Tensor grad, Tensor alpha, Tensor
   const Images images({{&grad, "grad"}}, false);
   const int64_t n = images.num_samples();
   auto a = coefficients(alpha, "alpha", n), b = coefficients(sigma, "sigma", n);
-  const auto factor = scale.has_value() ? coefficients(*scale, "scale", n) : std::vector<float>(n, 1.0f);
+  const auto factor = coefficients(scale, "scale", n);
   for (int64_t i = 0; i < n; ++i) {
     const X0 x0 = x0_from(prediction_type, a[i], b[i]);
     a[i] = static_cast<float>(factor[i] * x0.x_t / x0.divisor);

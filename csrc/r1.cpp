@@ -15,10 +15,6 @@ void perturb(const Images& images, const Tensor& std, const std::optional<Tensor
                  .a = ones.data(), .c = scale.data()});
 }
 
-void check_noise(const std::optional<Tensor>& noise, const std::optional<Tensor>& sample_ids) {
-  check(noise.has_value() != sample_ids.has_value(), "noise and sample_ids: expected one of the two");
-}
-
 std::vector<int64_t> doubled_shape(const Tensor& x_t) {
   std::vector<int64_t> shape(x_t.sizes().begin(), x_t.sizes().end());
   shape[0] *= 2;

@@ -1,4 +1,4 @@
-"""What the launchers share: memory orders, tiles, the launch itself, and how to compile a kernel without a GPU.
+"""What the launchers share: memory orders, tiles and the launch itself.
 
 Kernels see tensors as (N, D): N samples, one after another in memory, of D elements. A program takes one tile, BLOCK
 consecutive elements of one sample. Offsets are 64-bit.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -102,8 +101,8 @@ def _samples_first(dense: Tensor) -> bool:
 
 
 def laid_out_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """The tensor with the strides of `like`, a tensor of its shape: itself, or a copy."""
-    return tensor if tensor.stride() == like.stride() else torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
+    """The tensor in the memory order of `like`, a tensor of its shape: itself, or a copy."""
+    return tensor if _same_strides(tensor, like) else torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
 
 
 class Layout:
@@ -119,9 +118,7 @@ class Layout:
 
     def read(self, tensor: Tensor) -> Tensor:
         """The tensor in this order."""
-        if _same_strides(tensor, self.model):
-            return tensor
-        return torch.empty_like(self.model, dtype=tensor.dtype).copy_(tensor)
+        return laid_out_like(tensor, self.model)
 
     def write(self, out: Tensor) -> Tensor:
         """What to write in place of `out`, a tensor with the strides of `like`; `finish` brings it there."""
@@ -136,50 +133,3 @@ def launch(kernel: Any, num_programs: int, on: Tensor, *arguments: Any, **option
     """Run a kernel on the device of the tensor `on`: Triton launches on the current one, which may be another."""
     with torch.cuda.device(on.device) if on.is_cuda else contextlib.nullcontext():
         kernel[(num_programs,)](*arguments, **options)
-
-
-# --- ahead of time ----------------------------------------------------------------------------------------------------
-
-_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32"}
-
-
-class Ahead(NamedTuple):
-    """What compiles a kernel without a GPU, through ASTSource and GPUTarget, as its launcher would on large tensors."""
-
-    kernel: Any
-    signature: dict[str, str]
-    """Argument: type, without the constexprs."""
-    constexprs: dict[str, Any]
-    elements: int
-    """Elements that a program handles."""
-    bytes_per_element: float
-    """Bytes read and written for an element, each tensor once."""
-    num_warps: int
-    divisible: Sequence[str]
-    """Arguments that are multiples of 16."""
-
-
-def ahead(
-    kernel: Any,
-    dtype: torch.dtype,
-    pointers: dict[str, torch.dtype],
-    scalars: dict[str, str],
-    constexprs: dict[str, Any],
-    bytes_per_element: float,
-) -> Ahead:
-    """The kernel for large `dtype` tensors of a size that wide accesses divide.
-
-    pointers: names with their elements' dtypes. constexprs: those beyond FAST, UNIT and BLOCK; None for a pointer
-    that is left out.
-    """
-    block = BLOCK[dtype.itemsize]
-    signature = {name: f"*{_NAMES[of]}" for name, of in pointers.items()} | scalars
-    return Ahead(
-        kernel,
-        {name: signature[name] for name in kernel.arg_names if name in signature},
-        {**constexprs, "FAST": True, "UNIT": 16, "BLOCK": block},
-        block,
-        bytes_per_element,
-        NUM_WARPS,
-        tuple(pointers),
-    )

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import IS_COMPILED, launch
-from ._silu import MINUS_LOG2_E, sigmoid, silu_slope
+from ._silu import sigmoid, silu_slope
 from ._store import rounded
 
 # Channels and positions of a tile, with 8 warps. From ahead-of-time compilation for sm_80 and sm_90.
@@ -61,6 +61,16 @@ def _locate(
     element = start + tl.cast(channel, tl.int64) * stride_channel + tl.cast(position, tl.int64) * stride_position
     left = tl.minimum(num_positions - first, BLOCK_S).to(tl.int32)
     return sample, tl.cast(row, tl.int64), channel, element, (channel < num_channels) & (position < left), left
+
+
+@triton.jit
+def _of_channels(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, group, channel, in_range, EVEN: tl.constexpr):
+    """Of a tile's channels: mean and rstd of the group of each, weight, bias; (BLOCK_C, 1) f32."""
+    mean = tl.load(mean_ptr + group, mask=in_range, other=0.0)
+    rstd = tl.load(rstd_ptr + group, mask=in_range, other=0.0)
+    weight = load_tile(weight_ptr + channel, in_range, EVEN)
+    bias = load_tile(bias_ptr + channel, in_range, EVEN)
+    return mean, rstd, weight, bias
 
 
 @triton.jit
@@ -157,10 +167,7 @@ def _tile_forward_kernel(
     x = load_tile(x_ptr + element, mask, EVEN)
     in_range = channel < num_channels
     group = sample * num_groups + channel // GROUP_CHANNELS
-    mean = tl.load(mean_ptr + group, mask=in_range, other=0.0)
-    rstd = tl.load(rstd_ptr + group, mask=in_range, other=0.0)
-    weight = load_tile(weight_ptr + channel, in_range, EVEN)
-    bias = load_tile(bias_ptr + channel, in_range, EVEN)
+    mean, rstd, weight, bias = _of_channels(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, group, channel, in_range, EVEN)
     z = tl.fma(x - mean, weight * rstd, bias)
     y = rounded(z * sigmoid(z, FAST), y_ptr.dtype.element_ty, FAST)
     tl.store(y_ptr + element, y, mask=None if EVEN else mask)
@@ -194,13 +201,9 @@ def _tile_sums_kernel(
     grad = load_tile(grad_ptr + element, mask, EVEN)
     in_range = channel < num_channels
     group = sample * num_groups + channel // GROUP_CHANNELS
-    mean = tl.load(mean_ptr + group, mask=in_range, other=0.0)
-    rstd = tl.load(rstd_ptr + group, mask=in_range, other=0.0)
-    weight = load_tile(weight_ptr + channel, in_range, EVEN)
-    bias = load_tile(bias_ptr + channel, in_range, EVEN)
+    mean, rstd, weight, bias = _of_channels(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, group, channel, in_range, EVEN)
     difference = x - mean
-    t = tl.fma(difference, weight * (rstd * MINUS_LOG2_E), bias * MINUS_LOG2_E)
-    grad_z = grad * silu_slope(t, FAST)
+    grad_z = grad * silu_slope(difference, rstd, weight, bias, FAST)
     pointer = sums_ptr + row * num_channels + channel
     tl.store(pointer, tl.sum(grad_z, 1, keep_dims=True), mask=in_range)
     tl.store(pointer + half, tl.sum(grad_z * difference, 1, keep_dims=True) * rstd, mask=in_range)
@@ -270,15 +273,11 @@ def _tile_backward_kernel(
     grad = load_tile(grad_ptr + element, mask, EVEN)
     in_range = channel < num_channels
     group = sample * num_groups + channel // GROUP_CHANNELS
-    mean = tl.load(mean_ptr + group, mask=in_range, other=0.0)
-    rstd = tl.load(rstd_ptr + group, mask=in_range, other=0.0)
+    mean, rstd, weight, bias = _of_channels(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, group, channel, in_range, EVEN)
     constant = tl.load(group_sums_ptr + group, mask=in_range, other=0.0)
     slope = tl.load(group_sums_ptr + num_samples * num_groups + group, mask=in_range, other=0.0)
-    weight = load_tile(weight_ptr + channel, in_range, EVEN)
-    bias = load_tile(bias_ptr + channel, in_range, EVEN)
     difference = x - mean
-    t = tl.fma(difference, weight * (rstd * MINUS_LOG2_E), bias * MINUS_LOG2_E)
-    grad_z = grad * silu_slope(t, FAST)
+    grad_z = grad * silu_slope(difference, rstd, weight, bias, FAST)
     grad_x = rstd * tl.fma(grad_z, weight, tl.fma(difference, -rstd * slope, -constant))
     tl.store(grad_x_ptr + element, rounded(grad_x, grad_x_ptr.dtype.element_ty, FAST), mask=None if EVEN else mask)
 

@@ -32,7 +32,6 @@ def stream_arguments(seed: int, step: int, stream: int) -> dict[str, int]:
 
 # A new seed or step must not compile the kernel again.
 STREAM_ARGUMENTS = ["seed_low", "seed_high", "step", "noise_stream"]
-STREAM_TYPES = dict.fromkeys(STREAM_ARGUMENTS, "i32")
 
 
 @triton.jit

@@ -28,7 +28,8 @@ def sigmoid(z, FAST: tl.constexpr):
 
 
 @triton.jit
-def silu_slope(t, FAST: tl.constexpr):
-    """d silu(z) / dz = gate (1 + z (1 - gate)) with gate = sigmoid(z), at z = -ln(2) t."""
+def silu_slope(difference, rstd, weight, bias, FAST: tl.constexpr):
+    """d silu(z) / dz = gate (1 + z (1 - gate)) with gate = sigmoid(z), at z = difference * rstd * weight + bias."""
+    t = tl.fma(difference, weight * (rstd * MINUS_LOG2_E), bias * MINUS_LOG2_E)
     gate = sigmoid_of_power(t, FAST)
     return gate * tl.fma(t, tl.fma(gate, _LN_2, -_LN_2), 1.0)

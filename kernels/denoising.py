@@ -10,18 +10,16 @@ in _launch.py.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ._fold import FOLD, folded, is_last, workspace
-from ._launch import TILE_ARGUMENTS, Ahead, Layout, ahead, launch, tile_of, tiling_of
-from ._philox import STREAM_ARGUMENTS, STREAM_TYPES, drawn, stream_arguments
+from ._launch import TILE_ARGUMENTS, Layout, launch, tile_of, tiling_of
+from ._philox import STREAM_ARGUMENTS, drawn, stream_arguments
 from ._prediction import EPSILON, SAMPLE, V_PREDICTION
-from ._scale import scale_kernel, scaled
+from ._scale import scaled
 
 
 @triton.jit(do_not_specialize=[*STREAM_ARGUMENTS, *TILE_ARGUMENTS, "num_samples"])
@@ -134,27 +132,3 @@ def denoising_loss(
 def denoising_loss_backward(grad: Tensor, residual: Tensor, dtype: torch.dtype) -> Tensor:
     """grad * 2 / numel * residual, rounded once to dtype."""
     return scaled(residual, None, grad, 2.0 / max(residual.numel(), 1), dtype)
-
-
-def ahead_of_time(dtype: torch.dtype) -> dict[str, Ahead]:
-    """The kernels as they are compiled for large `dtype` tensors, on keyed noise, with weights, for v_prediction."""
-    f32 = torch.float32
-    images = {"prediction_ptr": dtype, "x0_ptr": dtype, "residual_ptr": f32}
-    vectors = dict.fromkeys(("alpha_ptr", "sigma_ptr", "weight_ptr", "loss_ptr", "partials_ptr"), f32)
-    integers = {"ids_ptr": torch.int64, "counter_ptr": torch.int32}
-    tiles = dict.fromkeys(TILE_ARGUMENTS, "i32")
-    constexprs: dict[str, Any] = {"noise_ptr": None, "TYPE": 2, "FOLD": FOLD, "WIDE": dtype.itemsize == 2}
-    backward = {"x_ptr": f32, "grad_ptr": f32, "out_ptr": dtype}
-    return {
-        "denoising_loss": ahead(
-            denoising_loss_kernel,
-            dtype,
-            images | vectors | integers,
-            STREAM_TYPES | tiles | {"num_samples": "i32"},
-            constexprs,
-            2 * dtype.itemsize + 4,
-        ),
-        "denoising_loss_backward": ahead(
-            scale_kernel, f32, backward, tiles | {"factor": "fp32"}, {"weight_ptr": None}, 4 + dtype.itemsize
-        ),
-    }

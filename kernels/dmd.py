@@ -16,9 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ._fold import FOLD, is_last, workspace
-from ._launch import TILE_ARGUMENTS, Ahead, Layout, ahead, launch, tile_of, tiling_of
+from ._launch import TILE_ARGUMENTS, Layout, launch, tile_of, tiling_of
 from ._prediction import SAMPLE, x0_factors, x0_from
-from ._scale import scale_kernel, scaled
+from ._scale import scaled
 from ._store import rounded
 
 
@@ -206,25 +206,3 @@ def dmd_loss(
 def dmd_loss_backward(grad: Tensor, difference: Tensor, scale: Tensor) -> Tensor:
     """grad * G / numel (N, *)."""
     return scaled(difference, scale, grad, 1.0 / max(difference.numel(), 1), difference.dtype)
-
-
-def ahead_of_time(dtype: torch.dtype) -> dict[str, Ahead]:
-    """The kernels as they are compiled for large `dtype` tensors, with classifier-free guidance, for v_prediction."""
-    f32 = torch.float32
-    images = dict.fromkeys(("x_ptr", "x_t_ptr", "fake_ptr", "teacher_ptr", "uncond_ptr", "difference_ptr"), dtype)
-    vectors = dict.fromkeys(("alpha_ptr", "sigma_ptr", "loss_ptr", "scale_ptr", "partials_ptr"), f32)
-    tiles = dict.fromkeys(TILE_ARGUMENTS, "i32")
-    scalars = dict.fromkeys(("guidance_scale", "eps"), "fp32")
-    forward = {"weight_ptr": None, "TYPE": 2, "TILES": 16, "FOLD": FOLD}
-    backward = {"x_ptr": dtype, "weight_ptr": f32, "grad_ptr": f32, "out_ptr": dtype}
-    return {
-        "dmd_loss": ahead(
-            dmd_loss_kernel,
-            dtype,
-            images | vectors | {"counter_ptr": torch.int32},
-            tiles | scalars | {"num_samples": "i32"},
-            forward,
-            6 * dtype.itemsize,
-        ),
-        "dmd_loss_backward": ahead(scale_kernel, dtype, backward, tiles | {"factor": "fp32"}, {}, 2 * dtype.itemsize),
-    }

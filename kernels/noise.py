@@ -13,15 +13,14 @@ the first tensor. Arguments are checked by the public functions. Launch paramete
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import TILE_ARGUMENTS, Ahead, Layout, ahead, launch, tile_of, tiling, tiling_of
-from ._philox import STREAM_ARGUMENTS, STREAM_TYPES, drawn, stream_arguments
+from ._launch import TILE_ARGUMENTS, Layout, launch, tile_of, tiling, tiling_of
+from ._philox import STREAM_ARGUMENTS, drawn, stream_arguments
 from ._prediction import predict_x0_backward_kernel, renoise_kernel
 from ._scale import scaled
 from ._store import rounded
@@ -293,38 +292,3 @@ def predict_x0_backward(
         if buffer is not None:
             layout.finish(out, buffer)
     return grads[0], grads[1]
-
-
-# --- ahead of time ----------------------------------------------------------------------------------------------------
-
-
-def ahead_of_time(dtype: torch.dtype) -> dict[str, Ahead]:
-    """The kernels on keyed noise, or none, as they are compiled for large `dtype` tensors."""
-    f32, ids = torch.float32, {"ids_ptr": torch.int64}
-    size, is_wide = dtype.itemsize, dtype.itemsize == 2
-    vectors = {"alpha_ptr": f32, "sigma_ptr": f32}
-    nexts = {"next_alpha_ptr": f32, "next_sigma_ptr": f32}
-    tiles = dict.fromkeys(TILE_ARGUMENTS, "i32")
-    keyed = STREAM_TYPES | tiles
-    images = {"x_t_ptr": dtype, "prediction_ptr": dtype, "out_ptr": dtype}
-    none: dict[str, Any] = {"noise_ptr": None}
-    no_next = dict.fromkeys((*nexts, "ids_ptr"))
-    return {
-        "philox_normal": ahead(
-            draw_kernel, dtype, ids | {"out_ptr": dtype}, keyed, {"UNIFORM": False, "WIDE": is_wide}, size
-        ),
-        "add_noise": ahead(
-            add_noise_kernel,
-            dtype,
-            vectors | ids | {"x0_ptr": dtype, "x_t_ptr": dtype},
-            keyed,
-            none | {"noise_out_ptr": None, "WIDE": is_wide},
-            2 * size,
-        ),
-        "predict_x0": ahead(
-            renoise_kernel, dtype, images | vectors, keyed, none | no_next | {"TYPE": 2, "WIDE": is_wide}, 3 * size
-        ),
-        "renoise": ahead(
-            renoise_kernel, dtype, images | vectors | nexts | ids, keyed, none | {"TYPE": 2, "WIDE": is_wide}, 3 * size
-        ),
-    }

@@ -21,7 +21,7 @@ from torch import Tensor
 from . import _norm_tiles
 from ._launch import IS_COMPILED, laid_out_like, launch
 from ._norm_tiles import load_tile, total
-from ._silu import MINUS_LOG2_E, sigmoid, silu_slope
+from ._silu import sigmoid, silu_slope
 from ._store import rounded
 
 # From ahead-of-time compilation for sm_80 and sm_90: elements a program holds at once, elements a thread, and how wide
@@ -163,8 +163,9 @@ def _group_backward_kernel(
             offset = c0 * stride_channel + tl.cast(s0, tl.int64) * stride_position
             mask = (c < GROUP_CHANNELS - c0) & (s < num_positions - s0)
             difference = load_tile(x_ptr + offset + element, mask, EVEN) - mean
-            t = tl.fma(difference, weight * (rstd * MINUS_LOG2_E), bias * MINUS_LOG2_E)
-            grad_z = load_tile(grad_ptr + offset + element, mask, EVEN) * silu_slope(t, FAST)
+            grad_z = load_tile(grad_ptr + offset + element, mask, EVEN) * silu_slope(
+                difference, rstd, weight, bias, FAST
+            )
             sums += grad_z
             projections = tl.fma(grad_z, difference, projections)
         channel_sums = tl.sum(sums, 1, keep_dims=True)
@@ -187,8 +188,8 @@ def _group_backward_kernel(
         weight = load_tile(weight_ptr + first_channel + c0 + c, c < GROUP_CHANNELS - c0, EVEN)
         bias = load_tile(bias_ptr + first_channel + c0 + c, c < GROUP_CHANNELS - c0, EVEN)
         difference = load_tile(x_ptr + offset + element, mask, EVEN) - mean
-        t = tl.fma(difference, weight * (rstd * MINUS_LOG2_E), bias * MINUS_LOG2_E)
-        grad_z = load_tile(grad_ptr + offset + element, mask, EVEN) * silu_slope(t, FAST)
+        slope_z = silu_slope(difference, rstd, weight, bias, FAST)
+        grad_z = load_tile(grad_ptr + offset + element, mask, EVEN) * slope_z
         grad_x = rstd * tl.fma(grad_z, weight, tl.fma(difference, slope, constant))
         stored = rounded(grad_x, grad_x_ptr.dtype.element_ty, FAST)
         tl.store(grad_x_ptr + offset + element, stored, mask=None if EVEN else mask)

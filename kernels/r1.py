@@ -10,16 +10,14 @@ _launch.py.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ._fold import FOLD, folded, is_last, workspace
-from ._launch import TILE_ARGUMENTS, Ahead, Layout, ahead, launch, tile_of, tiling, tiling_of
-from ._philox import STREAM_ARGUMENTS, STREAM_TYPES, drawn, stream_arguments
+from ._launch import TILE_ARGUMENTS, Layout, launch, tile_of, tiling, tiling_of
+from ._philox import STREAM_ARGUMENTS, drawn, stream_arguments
 from ._store import rounded
 
 # --- r1_perturb -------------------------------------------------------------------------------------------------------
@@ -255,26 +253,3 @@ def r1_penalty_backward(grad: Tensor, logits: Tensor, perturbed_logits: Tensor, 
     for layout, out, buffer in zip(layouts, grads, written, strict=True):
         layout.finish(out, buffer)
     return grads
-
-
-# --- ahead of time ----------------------------------------------------------------------------------------------------
-
-
-def ahead_of_time(dtype: torch.dtype) -> dict[str, Ahead]:
-    """The kernels, r1_perturb on keyed noise, as they are compiled for large `dtype` tensors."""
-    tiles = dict.fromkeys(TILE_ARGUMENTS, "i32")
-    pointers = {"x_ptr": dtype, "std_ptr": torch.float32, "ids_ptr": torch.int64, "out_ptr": dtype}
-    constexprs: dict[str, Any] = {"noise_ptr": None, "COPY": True, "WIDE": dtype.itemsize == 2}
-    halves = {"first_ptr": dtype, "second_ptr": dtype, "out_ptr": dtype}
-    logits = {"logits_ptr": dtype, "perturbed_ptr": dtype, "std_ptr": torch.float32}
-    sums = {"loss_ptr": torch.float32, "counter_ptr": torch.int32, "partials_ptr": torch.float32}
-    size = 3 * dtype.itemsize
-    return {
-        "r1_perturb": ahead(
-            r1_perturb_kernel, dtype, pointers, STREAM_TYPES | tiles | {"num_samples": "i32"}, constexprs, size
-        ),
-        "r1_perturb_backward": ahead(r1_perturb_backward_kernel, dtype, halves, tiles, {}, size),
-        "r1_penalty": ahead(
-            r1_penalty_kernel, dtype, logits | sums, tiles | {"sample_size": "i32"}, {"FOLD": FOLD}, 2 * dtype.itemsize
-        ),
-    }
