@@ -57,9 +57,13 @@ class ModelConfig:
     """The network that all three start from."""
 
     path: str
-    """Folder of the teacher. Required."""
-    kind: Literal["unet2d"] = "unet2d"
-    """The adapter: a class-conditional diffusers UNet2DModel."""
+    """Folder of the teacher: a denoiser's (unet2d), or a diffusers pipeline's or its hub id (sd15, sdxl). Required."""
+    kind: Literal["unet2d", "sd15", "sdxl"] = "unet2d"
+    """A class-conditional UNet2DModel, or a UNet2DConditionModel with SD1.5's or SDXL's text conditions."""
+    sample_size: Count | None = None
+    """Side of the samples, latents for sd15 and sdxl, or null for the network's own (SDXL 128, SD1.5 64)."""
+    activation_checkpointing: bool = False
+    """Whether the trained networks keep block inputs alone and compute the rest again in backward."""
     lora: None = None
     """Low-rank adapters; only null (train every weight) in this release."""
 

@@ -182,8 +182,7 @@ def generate(networks: Networks, algorithm: Algorithm, batch: Batch, key: NoiseK
 
     `rollout` is the generator as the chain without gradient calls it (an engine's bare module; default: itself).
     """
-    steps = _steps(networks.schedule, algorithm.steps, batch.x0.device)
-    shape = tuple(batch.x0.shape[1:])
+    steps, shape = _steps(networks.schedule, algorithm.steps, batch.sample_ids.device), batch.sample_shape
     x_in, t = generator_input(
         _Rollout(rollout or networks.generator, networks), steps, batch.condition, batch.sample_ids, shape, key,
         mode=algorithm.rollout_index,
@@ -306,6 +305,7 @@ def fake_score_loss(
 
 def _real_rows(networks: Networks, algorithm: Algorithm, batch: Batch, key: NoiseKey) -> tuple[_Noised, Tensor | None]:
     """Noised real samples, followed by their perturbed copies when R1 is due; and the perturbation's std (N,)."""
+    assert batch.x0 is not None  # which the configuration's check has seen to
     real = _noise(networks, batch.x0, batch, key, Stream.GAN_REAL_TIME, algorithm.gan_t_range)
     if algorithm.r1_kind == "none" or key.step % algorithm.r1_interval:
         return real, None

@@ -96,7 +96,7 @@ def evaluate_run(run_folder: str | os.PathLike, **extra: Any) -> dict[str, Any]:
     config, earlier = load_run_config(folder), read_json(folder / "summary.json")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     generator = load_generator(folder / "generator.safetensors", device)
-    teacher = load_denoiser(config.model.path).to(device).eval().requires_grad_(False)
+    teacher = load_denoiser(config.model).to(device).eval().requires_grad_(False)
     reference = load_reference(config)
     classes = num_classes(teacher)
     labels, rows = cycling_labels(config.run.num_samples, classes), []

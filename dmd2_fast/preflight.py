@@ -14,7 +14,8 @@ from .data.loader import choose_loader
 from .data.shards import file_size, find_shards
 from .denoiser import Denoiser
 from .errors import ConfigError
-from .networks import build_without_weights, check_shapes, read_settings, tensor_shapes, weights_file, weights_shapes
+from .networks import build_without_weights, check_shapes, tensor_shapes
+from .networks.source import open_source
 
 SMALL_BYTES = 32 << 20
 """Shards up to this size in all are read through; more are left to the loader, which must read their headers anyway."""
@@ -34,7 +35,7 @@ def check_inputs(config: Config) -> None:
 def check_teacher(config: Config, teacher: Denoiser) -> None:
     """Refuse a teacher that knows no classes, or that the configured steps and feature levels do not fit."""
     path = config.model.path
-    if teacher.network.null_label is None:
+    if config.model.kind == "unet2d" and teacher.network.null_label is None:
         raise ConfigError(f"model.path: the network of {path} takes no class: expected num_class_embeds.")
     try:
         teacher.schedule.steps(config.generator.steps)
@@ -63,8 +64,9 @@ def check_images(config: Config, teacher: Denoiser, split: str, image_shape: tup
 
 
 def _teacher_without_weights(config: Config) -> Denoiser:
-    teacher, path = build_without_weights(read_settings(config.model.path)), weights_file(config.model.path)
-    check_shapes(tensor_shapes(teacher.network.unet), weights_shapes(path), str(path))
+    source = open_source(config.model)
+    teacher = build_without_weights(source.settings)
+    check_shapes(tensor_shapes(teacher.network.unet), source.shapes(), str(source.folder / "unet"))
     return teacher
 
 

@@ -84,7 +84,7 @@ class Trainer:
     def _build_networks(self) -> None:
         """Generator and fake score start as copies of the teacher; the head from the run's seed, alike on all ranks."""
         config, device = self.config, self.rank.device
-        generator, fake, teacher = (load_denoiser(config.model.path).to(device) for _ in range(3))
+        generator, fake, teacher = (load_denoiser(config.model).to(device) for _ in range(3))
         check_teacher(config, teacher)
         self.denoiser = generator
         heads = None

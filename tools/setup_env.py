@@ -109,7 +109,11 @@ def requirement_name(requirement: str) -> str:
 
 def requirements(project: dict) -> list[str]:
     """What the project and its tests need, of pyproject.toml's table, but for torch, Triton and DALI."""
-    wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    wanted = [
+        *project["dependencies"],
+        *project["optional-dependencies"]["text"],
+        *project["optional-dependencies"]["dev"],
+    ]
     return [requirement for requirement in wanted if requirement_name(requirement) != "torch"]
 
 

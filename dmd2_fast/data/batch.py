@@ -13,18 +13,29 @@ from torch import Tensor
 class Batch:
     """One micro-batch.
 
-    x0: (N, C, H, W) f32, clean images in [-1, 1], or latents.
+    x0: (N, C, H, W) f32, clean images in [-1, 1], or latents; None where the data are prompts alone.
     condition: what the networks are conditioned on, each (N, ...): for labelled images {"class_labels": (N,) int64}.
     sample_ids: (N,) int64, the position of each sample in the GLOBAL batch of the iteration. Noise is keyed by it,
         so it must not depend on how the global batch was split over ranks and accumulation steps.
+    shape: (C, H, W) of a sample where there is no x0 to have it.
     """
 
-    x0: Tensor
+    x0: Tensor | None
     condition: Mapping[str, Tensor]
     sample_ids: Tensor
+    shape: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
-        return self.x0.shape[0]
+        return self.sample_ids.shape[0]
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """(C, H, W) of one sample."""
+        if self.x0 is not None:
+            return tuple(self.x0.shape[1:])
+        if self.shape is None:
+            raise ValueError("a batch without x0 needs the shape (C, H, W) of its samples")
+        return self.shape
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
         """The same batch on `device`; `dtype` applies to x0 and to floating conditions, never to labels and ids."""
@@ -34,4 +45,5 @@ class Batch:
             return value.to(device=device, dtype=target, non_blocking=True)
 
         condition = {name: move(value) for name, value in self.condition.items()}
-        return Batch(x0=move(self.x0), condition=condition, sample_ids=self.sample_ids.to(device, non_blocking=True))
+        x0 = None if self.x0 is None else move(self.x0)
+        return Batch(x0, condition, self.sample_ids.to(device, non_blocking=True), self.shape)

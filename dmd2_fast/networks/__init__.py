@@ -9,28 +9,42 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from ..config_schema import ModelConfig
 from ..denoiser import Denoiser
 from ..errors import UserError
 from ..schedules import make_schedule
+from .source import SETTINGS_FILE, WEIGHTS, open_source
 
-SETTINGS_FILE = "denoiser.json"
+if TYPE_CHECKING:
+    from .unet import UNet
 
 
-def build_network(settings: dict[str, Any]) -> nn.Module:
-    """A network with random weights from {"kind": "unet2d", "config": {UNet2DModel arguments}, "patch_size": p}."""
+def _adapter(kind: Any) -> type[UNet]:
+    from .text_unet import TextUNet
     from .unet2d import UNet2D
 
-    if settings.get("kind") != "unet2d":
-        raise UserError(f"network kind {settings.get('kind')!r} is unknown; expected 'unet2d'")
+    adapters: dict[Any, type[UNet]] = {adapter.kind: adapter for adapter in (UNet2D, TextUNet)}
+    if kind not in adapters:
+        raise UserError(f"network kind {kind!r} is unknown; expected one of {', '.join(adapters)}")
+    return adapters[kind]
+
+
+def build_network(settings: dict[str, Any]) -> UNet:
+    """A network with random weights from {"kind", "config": {arguments of the UNet}, "patch_size", "sample_size"}.
+
+    Kinds: "unet2d" (UNet2DModel), "unet2d_condition" (UNet2DConditionModel). `sample_size` null: the UNet's own.
+    """
+    adapter = _adapter(settings.get("kind"))
     try:
-        return UNet2D.from_config(settings["config"], settings["patch_size"])
-    except Exception as error:  # UNet2DModel checks little: whatever its layers raise
-        raise UserError(f"network: UNet2DModel refuses this configuration: {error}") from error
+        return adapter.from_config(settings["config"], settings.get("patch_size", 1), settings.get("sample_size"))
+    except Exception as error:  # diffusers' UNets check little: whatever their layers raise
+        name = "UNet2DModel" if adapter.kind == "unet2d" else "UNet2DConditionModel"
+        raise UserError(f"network: {name} refuses this configuration: {error}") from error
 
 
 def build_denoiser(settings: dict[str, Any]) -> Denoiser:
@@ -49,10 +63,13 @@ def build_denoiser(settings: dict[str, Any]) -> Denoiser:
 
 def denoiser_settings(denoiser: Denoiser) -> dict[str, Any]:
     """Everything but the weights, as JSON types."""
-    unet = denoiser.network.unet
-    config = {key: value for key, value in unet.config.items() if not key.startswith("_")}
+    network = denoiser.network
+    config = {key: value for key, value in network.unet.config.items() if not key.startswith("_")}
+    settings = {"kind": network.kind, "config": config, "patch_size": network.patch_size}
+    if network.sample_size != network.unet.config.sample_size:
+        settings["sample_size"] = network.sample_size
     return {
-        "network": {"kind": "unet2d", "config": config, "patch_size": denoiser.network.patch_size},
+        "network": settings,
         "schedule": denoiser.schedule.to_dict(),
         "prediction_type": denoiser.prediction_type,
         "preconditioning": denoiser.preconditioning,
@@ -66,59 +83,28 @@ def save_denoiser(denoiser: Denoiser, folder: str | os.PathLike) -> None:
     denoiser.network.unet.save_pretrained(folder / "unet")
     temporary = folder / (SETTINGS_FILE + ".tmp")
     temporary.write_text(json.dumps(denoiser_settings(denoiser), indent=2) + "\n")
-    weights_file(folder).chmod(temporary.stat().st_mode)  # safetensors makes its files private
+    (folder / "unet" / f"{WEIGHTS}.safetensors").chmod(temporary.stat().st_mode)  # safetensors makes its files private
     temporary.replace(folder / SETTINGS_FILE)
 
 
-def read_settings(folder: str | os.PathLike) -> dict[str, Any]:
-    """The settings of a denoiser's folder, for `build_denoiser`; `UserError` when they are missing or unreadable."""
-    folder = Path(folder)
-    try:
-        settings = json.loads((folder / SETTINGS_FILE).read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(
-            f"model.path: there is no denoiser in {str(folder)!r} (no {SETTINGS_FILE}); "
-            "train one with `dmd2-fast teacher --config ...`, or name a folder that has one"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.path: {folder / SETTINGS_FILE} cannot be read: {error}") from error
-    if not isinstance(settings, dict):
-        raise UserError(f"model.path: {folder / SETTINGS_FILE} holds no object {{...}}")
-    return settings
-
-
-def weights_file(folder: str | os.PathLike) -> Path:
-    """Where a denoiser's folder has its weights."""
-    return Path(folder) / "unet" / "diffusion_pytorch_model.safetensors"
-
-
-def weights_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes in a weights file, from its header; `UserError` when it is missing, truncated or damaged."""
-    import safetensors
-
-    try:
-        with safetensors.safe_open(str(path), framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"model.path: {path} cannot be read: {error}") from error
-
-
-def load_denoiser(folder: str | os.PathLike) -> Denoiser:
-    """The denoiser of a folder; `UserError` when it is missing, incomplete or of other shapes.
+def load_denoiser(model: ModelConfig | str | os.PathLike) -> Denoiser:
+    """The denoiser of a config's model, or of a folder; `UserError` when it is missing, incomplete or of other shapes.
 
     In eval mode, in which it is distilled too: dropout would draw numbers that no key names.
     """
-    import safetensors
-    import safetensors.torch
-
-    denoiser = build_without_weights(read_settings(folder))
-    weights = weights_file(folder)
-    try:
-        state = safetensors.torch.load_file(weights)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"model.path: {weights} cannot be read: {error}") from error
-    load_weights(denoiser.network.unet, state, str(weights))
+    model = model if isinstance(model, ModelConfig) else ModelConfig(path=str(model))
+    source = open_source(model)
+    denoiser = build_without_weights(source.settings)
+    check_shapes(tensor_shapes(denoiser.network.unet), source.shapes(), str(source.folder / "unet"))
+    load_weights(denoiser.network.unet, dict(source.tensors()), str(source.folder / "unet"))
+    prepare_network(denoiser.network, model)
     return denoiser.eval()
+
+
+def prepare_network(network: UNet, model: ModelConfig) -> None:
+    """What a config asks of a network beyond its weights."""
+    if model.activation_checkpointing:
+        network.unet.enable_gradient_checkpointing()  # not reentrant, in diffusers
 
 
 def build_without_weights(settings: dict[str, Any]) -> Denoiser:
