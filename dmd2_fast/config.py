@@ -107,6 +107,15 @@ def _rounded_away(config: Config) -> bool:
     return bf16 and r1.kind == "approximate" and r1.std < R1_SPACINGS * BF16_SPACING
 
 
+def _is_pipeline(config: Config) -> bool:
+    return config.model.kind != "unet2d"
+
+
+def _same_folder(config: Config) -> bool:
+    start = config.run.start_from
+    return start is not None and Path(start).absolute() == Path(config.run.folder).absolute()
+
+
 def _leaves_by_module(config: Config) -> bool:
     leaves = config.deepspeed.get("zero_optimization", {}).get("leaf_module")
     return bool(leaves) and config.run.gather == "module"
@@ -190,6 +199,27 @@ COMBINATIONS: tuple[Combination, ...] = (
         ("generator.steps", "teacher.training.schedule"),
         lambda c: _steps_outside(c, "rectified_flow", lambda t: 0 < t <= 1),
         "rectified-flow steps are times, above 0 and at most 1",
+    ),
+    Combination(
+        ("generator.steps", "model.kind"),
+        lambda c: _is_pipeline(c) and not all(t == int(t) and t <= 999 for t in c.generator.steps),
+        "SD1.5 and SDXL count noise in DDPM timesteps: whole numbers from 0 to 999",
+    ),
+    Combination(
+        ("data.kind", "model.kind"),
+        lambda c: _is_pipeline(c) != (c.data.kind == "latents"),
+        "SD1.5 and SDXL are trained on latents with text embeddings, which `dmd2-fast prepare` makes (data.kind "
+        "latents); a unet2d on labelled images (data.kind webdataset)",
+    ),
+    Combination(
+        ("model.kind", "teacher.training"),
+        lambda c: _is_pipeline(c) and c.teacher.training is not None,
+        "`dmd2-fast teacher` trains a unet2d; a pipeline is taken as it is: leave teacher.training out",
+    ),
+    Combination(
+        ("run.start_from", "run.folder"),
+        _same_folder,
+        "a run cannot start from itself: an interrupted run goes on without start_from",
     ),
     Combination(
         ("distribution_matching.t_range",),

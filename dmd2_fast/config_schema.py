@@ -189,8 +189,8 @@ class DataConfig:
 
     path: str
     """Folder with train-*.tar and test-*.tar. Required."""
-    kind: Literal["webdataset"] = "webdataset"
-    """WebDataset shards: members of one key are one sample."""
+    kind: Literal["webdataset", "latents"] = "webdataset"
+    """WebDataset shards of labelled images, or those of latents and text embeddings that `dmd2-fast prepare` writes."""
     loader: Literal["auto", "dali", "plain"] = "auto"
     """DALI pipeline, plain PyTorch reader (the same batches), or DALI where it is installed."""
     num_threads: Count = 2
@@ -207,6 +207,9 @@ class RunConfig:
     """Fake-score updates in all, >= 1."""
     seed: Seed = 0
     """Seed of every random draw, in [0, 2^63)."""
+    start_from: str | None = None
+    """Folder of a finished run whose generator and fake score this one starts from, as a second stage does, instead of
+    the teacher's weights; optimizers, averages and the GAN head start anew. Or null."""
     log_interval: Count = 10
     """Iterations between lines of metrics.jsonl, >= 1: the only times the device is read."""
     checkpoint_interval: Count = 250

@@ -15,7 +15,7 @@ from .data.shards import file_size, find_shards
 from .denoiser import Denoiser
 from .errors import ConfigError
 from .networks import build_without_weights, check_shapes, tensor_shapes
-from .networks.source import open_source
+from .networks.source import open_source, open_start
 
 SMALL_BYTES = 32 << 20
 """Shards up to this size in all are read through; more are left to the loader, which must read their headers anyway."""
@@ -64,9 +64,14 @@ def check_images(config: Config, teacher: Denoiser, split: str, image_shape: tup
 
 
 def _teacher_without_weights(config: Config) -> Denoiser:
-    source = open_source(config.model)
-    teacher = build_without_weights(source.settings)
-    check_shapes(tensor_shapes(teacher.network.unet), source.shapes(), str(source.folder / "unet"))
+    sources = [open_source(config.model)]
+    if config.run.start_from is not None:
+        sources += [open_start(config.model, config.run.start_from, name) for name in ("generator", "fake_score")]
+    teacher = build_without_weights(sources[0].settings)
+    for source in sources:
+        check_shapes(
+            tensor_shapes(teacher.network.unet), source.shapes(), str(source.weights or source.folder / "unet")
+        )
     return teacher
 
 

@@ -57,6 +57,33 @@ def test_the_one_step_config_shares_teacher_and_data_but_not_the_run_folder():
     assert one.deepspeed == four.deepspeed and one.run.folder != four.run.folder
 
 
+PUBLISHED = {
+    # rate, global batch, guidance, ratio, generator's GAN weight, steps: REFERENCE.md's table of the papers' recipes
+    "ds_sdxl.json": (5e-7, 128, 8, 5, 5e-3, (999, 749, 499, 249)),
+    "configs/ds_sd15_stage1.json": (1e-5, 2048, 1.75, 10, 0, (999,)),
+    "configs/ds_sd15_stage2.json": (5e-7, 2048, 1.75, 10, 1e-3, (999,)),
+    "configs/ds_imagenet64_stage1.json": (2e-6, 280, 1, 5, 0, (80,)),
+    "configs/ds_imagenet64_stage2.json": (5e-7, 280, 1, 5, 3e-3, (80,)),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_recipes(name):
+    """Yin et al. 2024, appendix; AdamW (.9, .999), decay .01, 500 iterations of warm-up, clipping at 10, bf16."""
+    rate, batch, guidance, ratio, gan, steps = PUBLISHED[name]
+    config = load_config(ROOT / name)
+    for network in (config.generator, config.fake_score):
+        assert network.optimizer.lr == rate and network.optimizer.weight_decay == 0.01
+        assert network.optimizer.betas == (0.9, 0.999) and network.gradient_clipping == 10
+        assert network.lr_scheduler.type == "constant" and network.lr_scheduler.warmup_iterations == 500
+    assert config.global_batch_size == batch == config.deepspeed["train_batch_size"]
+    assert config.deepspeed["bf16"] == {"enabled": True}
+    assert (config.teacher.guidance_scale, config.fake_score.ttur_ratio) == (guidance, ratio)
+    assert config.adversarial.generator_weight == gan and config.generator.steps == steps
+    assert config.adversarial.discriminator_weight == (1e-2 if gan else 0)
+    assert config.distribution_matching.t_range == (0.02, 0.98)
+
+
 def test_defaults_are_the_paper_s_sdxl_recipe():
     config = config_from_dict(MINIMAL)
     assert config.generator.optimizer.lr == config.fake_score.optimizer.lr == 5e-7
@@ -178,6 +205,16 @@ CLASHES = {
     ("passes=independent", "adversarial.t_range=[0.9, 0.1]"): "the range is empty",
     ('zero_optimization.leaf_module={"classes": ["x.Y"]}', "run.gather=module"): "frees them before the backward",
     ("run.folder=runs",): "the run folder holds",
+    ("model.kind=sdxl", "data.kind=latents", "teacher.training=null"): "SD1.5 and SDXL count noise in DDPM timesteps",
+    ("model.kind=sdxl", "generator.steps=[999]", "teacher.training=null"): "trained on latents with text embeddings",
+    ("data.kind=latents",): "trained on latents with text embeddings",
+    (
+        "model.kind=sd15",
+        "data.kind=latents",
+        "generator.steps=[999]",
+        "teacher.training.schedule=ddpm",
+    ): "a pipeline is taken as it is",
+    ("run.start_from=runs/digits",): "a run cannot start from itself",
     ("run.folder=data/digits",): "the run folder holds",
 }
 

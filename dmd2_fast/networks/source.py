@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,10 +40,14 @@ class Source:
     settings: dict[str, Any]
     folder: Path
     """Holds unet/."""
+    weights: Path | None = None
+    """A file of weights that takes the place of the folder's."""
 
     @property
     def files(self) -> list[Path]:
         """The safetensors files of the UNet; `UserError` when there are none."""
+        if self.weights is not None:
+            return [self.weights]
         unet = self.folder / "unet"
         index = unet / f"{WEIGHTS}.safetensors.index.json"
         if not index.exists():
@@ -117,6 +121,16 @@ def open_source(model: ModelConfig) -> Source:
         **_noise_settings(folder / "scheduler" / "scheduler_config.json"),
     }
     return Source(_with_size(settings, model.sample_size), folder)
+
+
+def open_start(model: ModelConfig, run_folder: str, network: str) -> Source:
+    """`open_source` with the weights of a finished run's "generator" or "fake_score"; `UserError` without them."""
+    path = Path(run_folder) / f"{network}.safetensors"
+    if not path.is_file():
+        raise UserError(
+            f"run.start_from: there is no {path}: expected the folder of a finished run, which writes it at its end"
+        )
+    return replace(open_source(model), weights=path)
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
