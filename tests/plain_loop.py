@@ -10,9 +10,11 @@ from __future__ import annotations
 import copy
 import json
 import math
+import tarfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from data_oracle import make_folder, random_pixels
 from tiny import tiny_config, tiny_denoiser
@@ -60,16 +62,31 @@ def write_config(
     return path, load_config(path, (), world_size)
 
 
-def global_batch(images: torch.Tensor, labels: torch.Tensor, size: int, iteration: int, seed: int) -> Batch:
+def read_samples(config: Config) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The whole training split: x0 (N, C, H, W) f32 and conditions (N, ...), in file order."""
+    if config.data.kind != "latents":
+        images, labels = read_all(config.data.path)
+        return images, {"class_labels": labels}
+    samples = []
+    for shard in sorted(Path(config.data.path).glob("train-*.tar")):
+        with tarfile.open(shard) as tar:
+            files = (tar.extractfile(member) for member in tar if member.name.endswith(".safetensors"))
+            samples += [safetensors.torch.load(file.read()) for file in files]
+    fields = {name: torch.stack([sample[name].float() for sample in samples]) for name in samples[0]}
+    return fields.pop("latents"), fields
+
+
+def global_batch(x0: torch.Tensor, conditions: dict[str, torch.Tensor], size: int, iteration: int, seed: int) -> Batch:
     """Sample by sample from the definition: position p reads entry p mod n of the permutation of epoch p // n."""
-    n, orders, indices = len(images), {}, []
+    n, orders, indices = len(x0), {}, []
     for position in range(iteration * size, (iteration + 1) * size):
         epoch = position // n
         if epoch not in orders:
             u = philox_uniform(torch.arange(n), (1,), NoiseKey(seed, step=epoch, stream=0))[:, 0].tolist()
             orders[epoch] = sorted(range(n), key=u.__getitem__)
         indices.append(orders[epoch][position % n])
-    return Batch(images[indices], {"class_labels": labels[indices]}, torch.arange(size))
+    condition = {name: value[indices] for name, value in conditions.items()}
+    return Batch(x0[indices], condition, torch.arange(size))
 
 
 def rate(settings, iteration: int, iterations: int) -> float:
@@ -114,7 +131,7 @@ class _Updated:
 def plain_run(config: Config, iterations: int, skip: set[tuple[str, int]] = frozenset()) -> Trace:
     """Iterations on the global batch; `skip` holds the updates, (network, iteration), that are not taken."""
     algorithm, trace = Algorithm.from_config(config), Trace()
-    generator, fake, teacher = (load_denoiser(config.model.path).eval() for _ in range(3))
+    generator, fake, teacher = (load_denoiser(config.model).eval() for _ in range(3))
     heads = None
     if algorithm.adversarial:
         torch.manual_seed(config.run.seed)
@@ -128,10 +145,10 @@ def plain_run(config: Config, iterations: int, skip: set[tuple[str, int]] = froz
     updated["fake_score"] = _Updated("fake_score", fake_score, config.fake_score)
     average = copy.deepcopy(generator.state_dict())
     trace.start = {name: copy.deepcopy(item.module.state_dict()) for name, item in updated.items()}
-    images, labels = read_all(config.data.path)
+    x0, conditions = read_samples(config)
 
     for i in range(iterations):
-        batch = global_batch(images, labels, config.global_batch_size, i, config.run.seed)
+        batch = global_batch(x0, conditions, config.global_batch_size, i, config.run.seed)
         key, record = NoiseKey(config.run.seed, step=i), {}
 
         def step(name, loss, i=i, record=record):
