@@ -1,7 +1,7 @@
 """Tiny real diffusers pipeline folders, shaped as SDXL's and SD1.5's, and folders of images with captions.
 
-Everything is random and seeded: the same call writes the same tensors. The classes are diffusers' and transformers' own;
-only widths are small.
+Everything is random and seeded: the same call writes the same tensors. The classes are diffusers' and transformers'
+own; only widths are small.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-WORDS = "a photo of red green blue small large cat dog house tree under over the sky night".split()
-CAPTIONS = ("a red cat", "a photo of the night sky", "small house under a large tree", "blue dog, green house")
+WORDS = ("photo", "of", "red", "green", "blue", "small", "cat", "dog", "house", "tree", "under", "the", "sky", "night")
+CAPTIONS = ("a red cat", "a photo of the night sky", "small house under the tree", "blue dog, green house")
 SCHEDULER = {
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
@@ -72,8 +72,14 @@ def make_pipeline(folder: str | Path, kind: str = "sdxl", *, sample_size: int = 
 
     Latents are (4, sample_size, sample_size), images twice as wide; prompts take 77 tokens of width 32, pooled 16.
     """
-    from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
-    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        EulerDiscreteScheduler,
+        StableDiffusionPipeline,
+        StableDiffusionXLPipeline,
+        UNet2DConditionModel,
+    )
 
     folder = Path(folder)
     sdxl = {"sdxl": True, "sd15": False}[kind]
@@ -103,7 +109,7 @@ def make_pipeline(folder: str | Path, kind: str = "sdxl", *, sample_size: int = 
 
 
 def make_tokenizer(folder: Path, padding: str):
-    """CLIP's byte-pair tokenizer over bytes, their word ends and the words of WORDS; SDXL's second one pads with "!"."""
+    """CLIP's byte-pair tokenizer over letters and the words of WORDS; SDXL's second one pads with "!"."""
     from transformers import CLIPTokenizer
 
     # CLIP writes the bytes as printable characters, "!" to "~" for themselves; others are not needed here.
