@@ -9,7 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from .config import Config
-from .data.dataset import open_dataset
+from .data.dataset import Dataset, ImageDataset, open_dataset
+from .data.latents import LATENTS, Description, LatentDataset, read_description
 from .data.loader import choose_loader
 from .data.shards import file_size, find_shards
 from .denoiser import Denoiser
@@ -48,6 +49,44 @@ def check_teacher(config: Config, teacher: Denoiser) -> None:
         raise ConfigError(f"adversarial.levels do not fit the network of {path}: {error}") from None
 
 
+def check_data(config: Config, teacher: Denoiser, split: str, dataset: Dataset) -> None:
+    """Refuse samples that the teacher, or the configured losses, cannot take."""
+    if isinstance(dataset, LatentDataset):
+        check_latents(config, teacher, dataset)
+    elif isinstance(dataset, ImageDataset):
+        check_images(config, teacher, split, dataset.image_shape, int(dataset.labels.max()) + 1)
+
+
+def check_latents(config: Config, teacher: Denoiser, data: LatentDataset | Description) -> None:
+    """Refuse latents or conditions of shapes that the teacher does not take, and a GAN without real samples."""
+    folder, path, expected = config.data.path, config.model.path, teacher.network.image_shape
+    if data.sample_shape != expected:
+        raise ConfigError(
+            f"data.path: {folder} holds samples of (channels, height, width) {data.sample_shape}, and the teacher in "
+            f"{path} takes {expected}: set model.sample_size to {data.sample_shape[-1]}, prepare the data at another "
+            "--resolution, or name another teacher."
+        )
+    for name, shape in teacher.network.condition_shapes.items():
+        found = data.shapes.get(name)
+        if found is None or not _fits(found, shape):
+            shown = ", ".join("any" if side is None else str(side) for side in shape)
+            raise ConfigError(
+                f"data.path: {folder} holds samples with {name} of shape {found or 'none at all'}, and the teacher in "
+                f"{path} takes ({shown}): prepare the data with this model's own text encoders."
+            )
+    weight = config.adversarial.discriminator_weight
+    if LATENTS not in data.shapes and weight > 0:
+        raise ConfigError(
+            f"adversarial.discriminator_weight is {weight:g}, but {folder} holds prompts alone, and a GAN needs real "
+            "images to tell from generated ones: set adversarial.generator_weight and discriminator_weight to 0, or "
+            "prepare images with captions (dmd2-fast prepare --images)."
+        )
+
+
+def _fits(found: tuple[int, ...], shape: tuple[int | None, ...]) -> bool:
+    return len(found) == len(shape) and all(side in (None, own) for side, own in zip(shape, found, strict=True))
+
+
 def check_images(config: Config, teacher: Denoiser, split: str, image_shape: tuple[int, ...], num_classes: int) -> None:
     """Refuse images (C, H, W) or labels that the teacher does not take."""
     folder, expected, known = config.data.path, teacher.network.image_shape, teacher.network.null_label
@@ -77,10 +116,13 @@ def _teacher_without_weights(config: Config) -> Denoiser:
 
 def _check_split(config: Config, teacher: Denoiser, split: str) -> None:
     folder = Path(config.data.path)
+    if config.data.kind == "latents":
+        find_shards(folder, split)
+        check_latents(config, teacher, read_description(folder))
     if sum(map(file_size, find_shards(folder, split))) > SMALL_BYTES:
         return
     dataset = open_dataset(config.data.kind, folder, split)
     try:
-        check_images(config, teacher, split, dataset.image_shape, int(dataset.labels.max()) + 1)
+        check_data(config, teacher, split, dataset)
     finally:
         dataset.close()

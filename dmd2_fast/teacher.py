@@ -29,7 +29,7 @@ from .networks import SETTINGS_FILE, build_denoiser, build_without_weights, load
 from .ops.denoising import denoising_loss
 from .ops.noise import add_noise
 from .optimization import make_optimizer, set_learning_rate, warmup_cosine
-from .preflight import check_images, check_teacher
+from .preflight import check_data, check_teacher
 from .random import NoiseKey, Stream, philox_normal, philox_uniform
 from .runs import move_aside
 
@@ -129,7 +129,7 @@ def _check_data(config: Config, training: TeacherTrainingConfig) -> None:
     check_teacher(config, planned)
     dataset = open_dataset(config.data.kind, config.data.path, "train")
     try:
-        check_images(config, planned, "train", dataset.image_shape, int(dataset.labels.max()) + 1)
+        check_data(config, planned, "train", dataset)
     finally:
         dataset.close()
 

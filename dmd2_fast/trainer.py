@@ -38,7 +38,7 @@ from .heads import GANHeads
 from .meters import Clock, Metrics
 from .networks import load_denoiser
 from .optimization import learning_rate, set_learning_rate
-from .preflight import check_images, check_inputs, check_teacher
+from .preflight import check_data, check_inputs, check_teacher
 from .random import NoiseKey
 from .ranks import (
     Rank,
@@ -79,7 +79,7 @@ class Trainer:
             micro_batch_size=config.micro_batch_size, start_iteration=self.iteration,
             gradient_accumulation_steps=config.gradient_accumulation_steps,
         )  # fmt: skip
-        check_images(config, self.denoiser, "train", self.loader.image_shape, self.loader.num_classes)
+        check_data(config, self.denoiser, "train", self.loader.dataset)
 
     def _build_networks(self) -> None:
         """Generator and fake score start as copies of the teacher; the head from the run's seed, alike on all ranks."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,12 +18,14 @@ class Batch:
     sample_ids: (N,) int64, the position of each sample in the GLOBAL batch of the iteration. Noise is keyed by it,
         so it must not depend on how the global batch was split over ranks and accumulation steps.
     shape: (C, H, W) of a sample where there is no x0 to have it.
+    extra: further tensors of the samples, each (N, ...), such as the noise that belongs to x0.
     """
 
     x0: Tensor | None
     condition: Mapping[str, Tensor]
     sample_ids: Tensor
     shape: tuple[int, ...] | None = None
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.sample_ids.shape[0]
@@ -44,6 +46,19 @@ class Batch:
             target = dtype if value.is_floating_point() else None
             return value.to(device=device, dtype=target, non_blocking=True)
 
-        condition = {name: move(value) for name, value in self.condition.items()}
         x0 = None if self.x0 is None else move(self.x0)
-        return Batch(x0, condition, self.sample_ids.to(device, non_blocking=True), self.shape)
+        condition, extra = (
+            {name: move(value) for name, value in part.items()} for part in (self.condition, self.extra)
+        )
+        return Batch(x0, condition, self.sample_ids.to(device, non_blocking=True), self.shape, extra)
+
+    def split(self, size: int) -> list[Batch]:
+        """The samples in order, as batches of `size`; the last may be smaller."""
+        return [self._rows(slice(first, first + size)) for first in range(0, len(self), size)]
+
+    def _rows(self, rows: slice) -> Batch:
+        x0 = None if self.x0 is None else self.x0[rows]
+        condition, extra = (
+            {name: value[rows] for name, value in part.items()} for part in (self.condition, self.extra)
+        )
+        return Batch(x0, condition, self.sample_ids[rows], self.shape, extra)

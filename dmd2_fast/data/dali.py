@@ -23,7 +23,7 @@ class DaliLoader(Loader):
 
     name = "dali"
 
-    def _pixels(self) -> Generator[Tensor, None, None]:
+    def _raw(self) -> Generator[Tensor, None, None]:
         # DALI has no public way to end a pipeline: its threads end with the last reference, which this frame holds.
         pipeline = self._pipeline()
         for iteration in itertools.count(self.start_iteration):
@@ -38,7 +38,6 @@ class DaliLoader(Loader):
 
         on_gpu = self.device.type == "cuda"
         device_id = (self.device.index or 0) if on_gpu else None
-        color = types.GRAY if self.dataset.image_shape[0] == 1 else types.RGB
         pipeline = Pipeline(
             batch_size=self.order.rank_batch_size,
             num_threads=max(1, self.num_threads),
@@ -53,22 +52,26 @@ class DaliLoader(Loader):
 
         with pipeline:
             encoded = fn.external_source(source=encoded_batch, dtype=types.UINT8, ndim=1)
-            pixels = fn.decoders.image(
-                encoded, device="mixed" if on_gpu else "cpu", output_type=color, adjust_orientation=False
-            )
-            pipeline.set_outputs(pixels)
+            if self.dataset.encoding == "png":
+                color = types.GRAY if self.dataset.sample_shape[0] == 1 else types.RGB
+                raw = fn.decoders.image(
+                    encoded, device="mixed" if on_gpu else "cpu", output_type=color, adjust_orientation=False
+                )
+            else:
+                raw = encoded.gpu() if on_gpu else encoded
+            pipeline.set_outputs(raw)
         pipeline.build()
         return pipeline
 
     def _to_torch(self, output: Any) -> Tensor:
         if self.device.type != "cuda":
-            # DALI's own buffer, which a later run overwrites: the conversion to floats has copied it by then.
+            # DALI's own buffer, which a later run overwrites: making the batch has copied it by then.
             return torch.from_numpy(output.as_array())
         from nvidia.dali.plugin.pytorch import feed_ndarray
 
-        pixels = torch.empty(output.as_tensor().shape(), dtype=torch.uint8, device=self.device)
-        feed_ndarray(output.as_tensor(), pixels, cuda_stream=torch.cuda.current_stream(self.device))
-        return pixels
+        raw = torch.empty(output.as_tensor().shape(), dtype=torch.uint8, device=self.device)
+        feed_ndarray(output.as_tensor(), raw, cuda_stream=torch.cuda.current_stream(self.device))
+        return raw
 
     def _diagnosis(self, iteration: int, error: RuntimeError) -> DataError:
         """Which sample DALI could not decode: it names only a position in some batch it was reading ahead."""

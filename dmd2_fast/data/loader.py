@@ -7,7 +7,7 @@ import importlib.util
 import itertools
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dmd2_fast.data.batch import Batch
-from dmd2_fast.data.dataset import ImageDataset, open_dataset
+from dmd2_fast.data.dataset import Dataset, ImageDataset, open_dataset
 from dmd2_fast.data.images import images_from_pixels, pixel_levels
 from dmd2_fast.data.order import KeyedOrder
 from dmd2_fast.errors import DataError
@@ -49,7 +49,7 @@ class Loader(ABC):
 
     def __init__(
         self,
-        dataset: ImageDataset,
+        dataset: Dataset,
         order: KeyedOrder,
         *,
         micro_batch_size: int,
@@ -63,7 +63,6 @@ class Loader(ABC):
         self.device = torch.device(device)
         self.start_iteration = start_iteration
         self.num_threads = num_threads
-        self._levels = pixel_levels(self.device)
         self._streams: list[Generator[Tensor, None, None]] = []
 
     @property
@@ -72,21 +71,16 @@ class Loader(ABC):
         return self.dataset.num_samples
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
-        return self.dataset.image_shape
-
-    @property
-    def num_classes(self) -> int:
-        """One more than the largest label."""
-        return int(self.dataset.labels.max()) + 1
+    def sample_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images, or latents."""
+        return self.dataset.sample_shape
 
     def __iter__(self) -> Iterator[list[Batch]]:
-        stream = self._pixels()
+        stream = self._raw()
         self._streams.append(stream)
         try:
-            for iteration, pixels in zip(itertools.count(self.start_iteration), stream, strict=False):
-                yield self._batches(iteration, pixels)
+            for iteration, raw in zip(itertools.count(self.start_iteration), stream, strict=False):
+                yield self._batches(iteration, raw)
         finally:
             stream.close()
             if stream in self._streams:
@@ -99,23 +93,12 @@ class Loader(ABC):
         self.dataset.close()
 
     @abstractmethod
-    def _pixels(self) -> Generator[Tensor, None, None]:
-        """(A * M, H, W, C) uint8 on self.device for start_iteration, start_iteration + 1, ..."""
+    def _raw(self) -> Generator[Tensor, None, None]:
+        """The decoded bytes of A * M samples, (A * M, ...) uint8 on self.device, for start_iteration and on."""
 
-    def _batches(self, iteration: int, pixels: Tensor) -> list[Batch]:
+    def _batches(self, iteration: int, raw: Tensor) -> list[Batch]:
         sample_ids, indices = self.order(iteration)
-        condition = {name: value.to(self.device) for name, value in self.dataset.condition(indices).items()}
-        x0 = images_from_pixels(pixels, self._levels)
-        sample_ids = sample_ids.to(self.device)
-        size = self.micro_batch_size
-        return [
-            Batch(
-                x0=x0[first : first + size],
-                condition={name: value[first : first + size] for name, value in condition.items()},
-                sample_ids=sample_ids[first : first + size],
-            )
-            for first in range(0, len(x0), size)
-        ]
+        return self.dataset.batch(raw, indices, sample_ids).split(self.micro_batch_size)
 
 
 def dali_installed() -> bool:
@@ -172,10 +155,14 @@ def make_loader(
     gradient_accumulation_steps: int = 1,
     device: torch.device | str = "cpu",
     start_iteration: int = 0,
+    fields: Sequence[str] | None = None,
 ) -> Loader:
-    """The training split of `data.path` as this rank's Loader; raises DataError for data that cannot be read."""
+    """The training split of `data.path` as this rank's Loader; raises DataError for data that cannot be read.
+
+    `fields` are the tensors to read where data.kind is latents; default: all that the samples have.
+    """
     name = choose_loader(data.loader)
-    dataset = open_dataset(data.kind, data.path, "train", progress=rank == 0)
+    dataset = open_dataset(data.kind, data.path, "train", fields=fields, progress=rank == 0)
     order = KeyedOrder(
         dataset.num_samples,
         seed=seed,
@@ -201,7 +188,7 @@ def read_all(path: str | Path, split: str = "train") -> tuple[Tensor, Tensor]:
 
     `path` is the folder of the shards.
     """
-    dataset = open_dataset("webdataset", path, split)
+    dataset = ImageDataset(path, split)
     channels, height, width = dataset.image_shape
     pixels = torch.empty((dataset.num_samples, height, width, channels), dtype=torch.uint8)
     for index in range(dataset.num_samples):

@@ -1,4 +1,4 @@
-"""The plain loader: Pillow in a few threads. For machines without DALI, and the oracle for the other."""
+"""The plain loader: PyTorch and Pillow in a few threads. For machines without DALI, and the oracle for the other."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class PlainLoader(Loader):
 
     name = "plain"
 
-    def _pixels(self) -> Generator[Tensor, None, None]:
+    def _raw(self) -> Generator[Tensor, None, None]:
         if self.num_threads == 0:
             for iteration in itertools.count(self.start_iteration):
                 yield self._to_device([self._decode(self.order(iteration)[1].tolist())])
@@ -40,7 +40,7 @@ class PlainLoader(Loader):
         return np.stack([self.dataset.decode(index) for index in indices])
 
     def _to_device(self, parts: list[NDArray[np.uint8]]) -> Tensor:
-        pixels = torch.from_numpy(np.concatenate(parts))
+        raw = torch.from_numpy(np.concatenate(parts))
         if self.device.type == "cuda":
-            pixels = pixels.pin_memory()
-        return pixels.to(self.device, non_blocking=True)
+            raw = raw.pin_memory()
+        return raw.to(self.device, non_blocking=True)
