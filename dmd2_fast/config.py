@@ -21,6 +21,7 @@ from dmd2_fast.config_schema import (
     DistributionMatchingConfig,
     FakeScoreConfig,
     GeneratorConfig,
+    LoRAConfig,
     LRSchedulerConfig,
     ModelConfig,
     OptimizerConfig,
@@ -41,6 +42,7 @@ __all__ = [
     "FakeScoreConfig",
     "GeneratorConfig",
     "LRSchedulerConfig",
+    "LoRAConfig",
     "ModelConfig",
     "OptimizerConfig",
     "R1Config",
@@ -215,6 +217,11 @@ COMBINATIONS: tuple[Combination, ...] = (
         ("model.kind", "teacher.training"),
         lambda c: _is_pipeline(c) and c.teacher.training is not None,
         "`dmd2-fast teacher` trains a unet2d; a pipeline is taken as it is: leave teacher.training out",
+    ),
+    Combination(
+        ("model.lora", "run.start_from"),
+        lambda c: c.model.lora is not None and c.run.start_from is not None,
+        "adapters start on the teacher's weights, which all networks share: leave one of the two out",
     ),
     Combination(
         ("run.start_from", "run.folder"),

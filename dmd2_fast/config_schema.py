@@ -53,6 +53,19 @@ class LRSchedulerConfig:
 
 
 @dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank adapters on one frozen copy of the weights, for the generator and the fake score (Hu et al. 2021)."""
+
+    rank: Count = 64
+    """Rank of the adapters, >= 1. Default: the original's SDXL recipe."""
+    alpha: Count = 8
+    """The adapter's output is scaled by alpha / rank, >= 1. Default: the original's SDXL recipe."""
+    targets: Annotated[tuple[str, ...], Length(1)] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Ends of the names of the layers, linear or convolution, that get an adapter. Default: attention's projections;
+    more: proj_in, proj_out, ff.net.0.proj, ff.net.2, conv1, conv2, conv_shortcut, time_emb_proj."""
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The network that all three start from."""
 
@@ -64,8 +77,8 @@ class ModelConfig:
     """Side of the samples, latents for sd15 and sdxl, or null for the network's own (SDXL 128, SD1.5 64)."""
     activation_checkpointing: bool = False
     """Whether the trained networks keep block inputs alone and compute the rest again in backward."""
-    lora: None = None
-    """Low-rank adapters; only null (train every weight) in this release."""
+    lora: LoRAConfig | None = None
+    """Adapters that are trained instead of the weights, or null to train every weight."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .config import Config, OptimizerConfig
+from .config import Config, FakeScoreConfig, GeneratorConfig
 from .denoiser import Denoiser
 from .distillation import FakeScore, Networks
 from .optimization import make_optimizer
@@ -33,6 +33,15 @@ def _engine_config(config: Config, gradient_clipping: float) -> dict:
     }
     keys.setdefault("steps_per_print", 10**9)
     return keys
+
+
+def make_engine(config: Config, model: nn.Module, network: GeneratorConfig | FakeScoreConfig | None) -> Any:
+    """DeepSpeed's engine of a model with its network's optimizer and clipping; None: frozen, without an optimizer."""
+    import deepspeed
+
+    client = None if network is None else make_optimizer(model.parameters(), network.optimizer)
+    settings = _engine_config(config, 0.0 if network is None else network.gradient_clipping)
+    return deepspeed.initialize(model=model, optimizer=client, config=settings, dist_init_required=False)[0]
 
 
 class WholeNetwork:
@@ -77,20 +86,13 @@ class Engines:
     """
 
     def __init__(self, config: Config, generator: Denoiser, fake_score: FakeScore, teacher: Denoiser):
-        import deepspeed
-
-        def engine(model: nn.Module, optimizer: OptimizerConfig | None, gradient_clipping: float):
-            client = None if optimizer is None else make_optimizer(model.parameters(), optimizer)
-            settings = _engine_config(config, gradient_clipping)
-            return deepspeed.initialize(model=model, optimizer=client, config=settings, dist_init_required=False)[0]
-
         self.schedule, self.prediction_type = teacher.schedule, teacher.prediction_type
         self.unconditional = teacher.unconditional
         whole = config.run.gather == "network"
         self.whole = {model: WholeNetwork(model) for model in (generator, fake_score, teacher)} if whole else {}
-        self.generator = engine(generator, config.generator.optimizer, config.generator.gradient_clipping)
-        self.fake_score = engine(fake_score, config.fake_score.optimizer, config.fake_score.gradient_clipping)
-        self.teacher = engine(teacher.requires_grad_(False).eval(), None, 0.0)
+        self.generator = make_engine(config, generator, config.generator)
+        self.fake_score = make_engine(config, fake_score, config.fake_score)
+        self.teacher = make_engine(config, teacher.requires_grad_(False).eval(), None)
 
     @contextlib.contextmanager
     def bare(self, engine: Any) -> Iterator[nn.Module]:

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .config_schema import LoRAConfig, ModelConfig
 from .denoiser import Denoiser
 from .errors import UserError
-from .networks import build_without_weights, denoiser_settings, load_weights
+from .networks import build_without_weights, denoiser_settings, load_denoiser, load_weights
 from .random import NoiseKey
 from .rollout import sample
 from .runs import replacing
@@ -62,14 +63,31 @@ def num_classes(denoiser: Denoiser) -> int:
     return denoiser.network.null_label
 
 
-def save_generator(path: str | os.PathLike, state: dict[str, Tensor], denoiser: Denoiser, steps, **extra: Any) -> None:
-    """Write weights named as the denoiser's parameters, atomically. `extra` goes into the metadata."""
+def save_generator(
+    path: str | os.PathLike,
+    state: dict[str, Tensor],
+    denoiser: Denoiser,
+    steps,
+    *,
+    model: ModelConfig | None = None,
+    **extra: Any,
+) -> None:
+    """Write weights named as the denoiser's parameters, atomically. `extra` goes into the metadata.
+
+    With adapters in `model`, `state` is the generator's: diffusers loads the file as the LoRA it is.
+    """
     from safetensors.torch import save_file
 
-    weights = {name.removeprefix(PREFIX): value.detach().float().contiguous() for name, value in state.items()}
     metadata = {**denoiser_settings(denoiser), "steps": list(steps), "weights": "unet", **extra}
+    header = {}
+    if model is not None and model.lora is not None:
+        from .networks.lora import adapter_metadata, adapter_state_dict
+
+        state, header = adapter_state_dict(state), adapter_metadata(model.lora)
+        metadata |= {"weights": "lora", "model": asdict(model)}
+    weights = {name.removeprefix(PREFIX): value.detach().float().contiguous() for name, value in state.items()}
     with replacing(path) as temporary:
-        save_file(weights, temporary, metadata={METADATA_KEY: json.dumps(metadata)})
+        save_file(weights, temporary, metadata={METADATA_KEY: json.dumps(metadata), **header})
 
 
 def load_generator(path: str | os.PathLike, device: torch.device | str = "cpu") -> FewStepGenerator:
@@ -93,8 +111,28 @@ def load_generator(path: str | os.PathLike, device: torch.device | str = "cpu") 
             raise ValueError("steps: none")
     except (TypeError, ValueError) as error:
         raise UserError(f"{path}: its steps {metadata['steps']!r} do not fit its schedule: {error}") from error
-    load_weights(denoiser.network.unet, weights, str(path))
+    if metadata.get("weights") == "lora":
+        denoiser = _merged(metadata, weights, str(path))
+    else:
+        load_weights(denoiser.network.unet, weights, str(path))
     return FewStepGenerator(denoiser.to(device).eval().requires_grad_(False), steps)
+
+
+def _merged(metadata: dict[str, Any], weights: dict[str, Tensor], source: str) -> Denoiser:
+    """The base that a file's adapter was trained on, with the adapter merged into its weights."""
+    from .networks.lora import merge_adapter
+
+    try:
+        model = dict(metadata["model"])
+        lora = dict(model["lora"])
+        lora["targets"] = tuple(lora["targets"])
+        settings = ModelConfig(**{**model, "lora": LoRAConfig(**lora)})
+    except (TypeError, KeyError, ValueError) as error:
+        raise UserError(f"{source}: its metadata lack the model that its adapter belongs to ({error})") from error
+    assert settings.lora is not None
+    denoiser = load_denoiser(settings)
+    merge_adapter(denoiser.network.unet, weights, settings.lora, source)
+    return denoiser
 
 
 def sample_run(run_folder: str | os.PathLike, num: int, seed: int, out: str | os.PathLike) -> Path:

@@ -16,6 +16,7 @@ from .data.shards import file_size, find_shards
 from .denoiser import Denoiser
 from .errors import ConfigError
 from .networks import build_without_weights, check_shapes, tensor_shapes
+from .networks.lora import check_targets
 from .networks.source import open_source, open_start
 
 SMALL_BYTES = 32 << 20
@@ -47,6 +48,8 @@ def check_teacher(config: Config, teacher: Denoiser) -> None:
             teacher.network.feature_shape(level)
     except ValueError as error:
         raise ConfigError(f"adversarial.levels do not fit the network of {path}: {error}") from None
+    if config.model.lora is not None:
+        check_targets(teacher.network.unet, config.model.lora)
 
 
 def check_data(config: Config, teacher: Denoiser, split: str, dataset: Dataset) -> None:

@@ -29,6 +29,7 @@ from .data.batch import Batch
 from .dispatch import backends
 from .distillation import Algorithm, FakeScore, fake_score_loss, generate, generator_loss
 from .engine import Engines, ShardedEMA, full_state_dict, poison_if_not_finite, step_was_skipped
+from .engine_lora import LoRAEngines
 from .errors import UserError
 from .evaluation import evaluate_run, has_test_split, load_reference
 from .export import FewStepGenerator, cycling_labels, num_classes, save_generator
@@ -84,14 +85,18 @@ class Trainer:
     def _build_networks(self) -> None:
         """Generator and fake score start as copies of the teacher; the head from the run's seed, alike on all ranks."""
         config, device = self.config, self.rank.device
-        generator, fake, teacher = (load_denoiser(config.model).to(device) for _ in range(3))
+        teacher = load_denoiser(config.model).to(device)
         check_teacher(config, teacher)
-        self.denoiser = generator
+        self.denoiser = teacher
         heads = None
         if self.algorithm.adversarial:
             torch.manual_seed(config.run.seed)
             heads = GANHeads(tuple(teacher.network.feature_shape(level) for level in self.algorithm.levels)).to(device)
-        self.engines = Engines(config, generator, FakeScore(fake, heads, self.algorithm.own_levels), teacher)
+        if config.model.lora is not None:
+            self.engines: Engines = LoRAEngines(config, teacher, heads, self.algorithm.own_levels)
+        else:
+            generator, fake = (load_denoiser(config.model).to(device) for _ in range(2))
+            self.engines = Engines(config, generator, FakeScore(fake, heads, self.algorithm.own_levels), teacher)
         decay = config.generator.ema
         self.ema = None if decay is None else ShardedEMA(self.engines.generator, decay)
 
@@ -316,7 +321,8 @@ class Trainer:
         if self.rank.is_main:
             save_generator(
                 self.run.path / "generator.safetensors", state, self.denoiser, self.algorithm.steps,
-                iteration=self.iteration, ema=self.config.generator.ema, seed=self.config.run.seed,
+                model=self.config.model, iteration=self.iteration, ema=self.config.generator.ema,
+                seed=self.config.run.seed,
             )  # fmt: skip
 
 

@@ -128,10 +128,14 @@ class _Updated:
         return norm
 
 
-def plain_run(config: Config, iterations: int, skip: set[tuple[str, int]] = frozenset()) -> Trace:
-    """Iterations on the global batch; `skip` holds the updates, (network, iteration), that are not taken."""
+def plain_run(config: Config, iterations: int, skip: set[tuple[str, int]] = frozenset(), trained=None) -> Trace:
+    """Iterations on the global batch; `skip` holds the updates, (network, iteration), that are not taken.
+
+    `trained`: the generator and the fake score's denoiser, where they are not copies of the teacher.
+    """
     algorithm, trace = Algorithm.from_config(config), Trace()
-    generator, fake, teacher = (load_denoiser(config.model).eval() for _ in range(3))
+    teacher = load_denoiser(config.model).eval()
+    generator, fake = trained or (load_denoiser(config.model).eval() for _ in range(2))
     heads = None
     if algorithm.adversarial:
         torch.manual_seed(config.run.seed)

@@ -158,7 +158,8 @@ REFUSED = {
     "generator.ema=NaN": ("NaN",),
     "generator.ema=1e999": ("1e999",),
     # Not in this release, or not ours.
-    "model.lora={}": ("dmd2_fast.model.lora", "null"),
+    'model.lora={"rank": 0}': ("dmd2_fast.model.lora.rank", "1"),
+    'model.lora={"ranks": 4}': ("dmd2_fast.model.lora.ranks", "rank"),
     "fp16.enabled=true": ("fp16", "bf16"),
     "zero_optimization.stage=2": ("zero_optimization.stage is 2", "stage 3"),
     "zero_optimization.stage=true": ("zero_optimization.stage",),
@@ -214,6 +215,7 @@ CLASHES = {
         "generator.steps=[999]",
         "teacher.training.schedule=ddpm",
     ): "a pipeline is taken as it is",
+    ("model.lora={}", "run.start_from=runs/other"): "adapters start on the teacher's weights",
     ("run.start_from=runs/digits",): "a run cannot start from itself",
     ("run.folder=data/digits",): "the run folder holds",
 }
