@@ -77,6 +77,12 @@ class ModelConfig:
     """Side of the samples, latents for sd15 and sdxl, or null for the network's own (SDXL 128, SD1.5 64)."""
     activation_checkpointing: bool = False
     """Whether the trained networks keep block inputs alone and compute the rest again in backward."""
+    fused_operators: bool = True
+    """Whether GroupNorm + SiLU and attention in the networks are computed by fused operators; see networks/swap.py."""
+    channels_last: bool = False
+    """Whether feature maps lie in memory with the channels together: for GPUs' 16-bit convolutions."""
+    compile: bool = False
+    """Whether torch.compile compiles the networks' blocks; the first iterations then take minutes."""
     lora: LoRAConfig | None = None
     """Adapters that are trained instead of the weights, or null to train every weight."""
 

@@ -53,6 +53,9 @@ class WholeNetwork:
 
     def __init__(self, module: nn.Module):
         self.module = copy.deepcopy(module).to("meta").requires_grad_(False).eval()
+        for ours, theirs in zip(self.module.modules(), module.modules(), strict=True):
+            if theirs._compiled_call_impl is not None:
+                ours.compile()  # which a copy leaves out
         self.slots = [
             (owner, leaf, f"{path}.{leaf}" if path else leaf)
             for path, owner in self.module.named_modules()
@@ -193,8 +196,8 @@ class ShardedEMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        for name, master in self._masters():
-            self.shards[name].lerp_(master, 1 - self.decay)
+        masters = [master for _, master in self._masters()]
+        torch._foreach_lerp_(list(self.shards.values()), masters, 1 - self.decay)
 
     @contextlib.contextmanager
     def swapped_in(self) -> Iterator[None]:

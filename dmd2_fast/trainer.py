@@ -37,7 +37,7 @@ from .failures import DivergedError, diagnosis, exit_code
 from .grids import save_grid
 from .heads import GANHeads
 from .meters import Clock, Metrics
-from .networks import load_denoiser
+from .networks import describe_network, load_denoiser
 from .optimization import learning_rate, set_learning_rate
 from .preflight import check_data, check_inputs, check_teacher
 from .random import NoiseKey
@@ -146,7 +146,8 @@ class Trainer:
         return (
             f"global batch {config.global_batch_size} = {config.micro_batch_size} a forward x "
             f"{config.gradient_accumulation_steps} accumulated x {self.rank.world_size} rank(s) on {device.type}, "
-            f"data by the {self.loader.name} loader; operators on {operators}"
+            f"data by the {self.loader.name} loader; operators on {operators}; "
+            f"networks: {describe_network(self.denoiser.network)}"
         )
 
     def close(self) -> None:

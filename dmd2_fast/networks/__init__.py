@@ -105,6 +105,22 @@ def prepare_network(network: UNet, model: ModelConfig) -> None:
     """What a config asks of a network beyond its weights."""
     if model.activation_checkpointing:
         network.unet.enable_gradient_checkpointing()  # not reentrant, in diffusers
+    if model.fused_operators:
+        from .swap import swap_operators
+
+        swap_operators(network.unet)
+    network.channels_last = model.channels_last
+    if model.compile:
+        network.compile_blocks()
+
+
+def describe_network(network: UNet) -> str:
+    """What computes a network, for a line of the log: how many places each fused operator has, and the switches."""
+    from .swap import swapped_operators
+
+    parts = [f"{number} x {operator}" for operator, number in swapped_operators(network.unet).items()]
+    parts += ["channels_last"] * network.channels_last + ["torch.compile"] * network.is_compiled
+    return ", ".join(parts) or "diffusers' own operators"
 
 
 def build_without_weights(settings: dict[str, Any]) -> Denoiser:

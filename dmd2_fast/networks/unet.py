@@ -50,6 +50,7 @@ class UNet(nn.Module):
         self.unet = unet
         self.patch_size = patch_size
         self.sample_size = size
+        self.channels_last = False
         unet.conv_out.__class__ = Float32Conv2d  # the difference of two predictions trains: see Denoiser
 
     @property
@@ -76,6 +77,20 @@ class UNet(nn.Module):
         if level not in names:
             raise ValueError(f"levels: this network has no features {level!r}; expected some of {sorted(names)}")
         return names[level]
+
+    @property
+    def _blocks(self) -> list[nn.Module]:
+        unet = self.unet
+        return [*unet.down_blocks, *([] if unet.mid_block is None else [unet.mid_block]), *unet.up_blocks]
+
+    def compile_blocks(self, **options: Any) -> None:
+        """torch.compile, with its options, for each block of encoder, middle and decoder; parameters stay."""
+        for block in self._blocks:
+            block.compile(**options)
+
+    @property
+    def is_compiled(self) -> bool:
+        return any(block._compiled_call_impl is not None for block in self._blocks)
 
     def unconditional(self, condition: Condition) -> Condition:
         """The condition that stands for none, for the same batch."""
@@ -115,6 +130,8 @@ class UNet(nn.Module):
         x = x.to(unet.conv_in.weight.dtype)
         if self.patch_size > 1:
             x = F.pixel_unshuffle(x, self.patch_size)
+        if self.channels_last:  # what follows keeps it; the weights stay in the order that ZeRO-3 gathers them in
+            x = x.contiguous(memory_format=torch.channels_last)
         embedding, context = self._embed(x, t, condition)
         h = unet.conv_in(x)
         skips, found = [h], {}
