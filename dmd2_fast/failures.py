@@ -8,12 +8,16 @@ import sys
 import time
 
 from .errors import UserError, write_failure
+from .rendezvous import is_first_on_node, tell
 from .stopping import EXIT_STOPPED, StopSignals
 
-EXIT_DIVERGED, EXIT_USER_ERROR = 1, 2
+EXIT_DIVERGED, EXIT_USER_ERROR, EXIT_LOST = 1, 2, 3
 PATIENCE_SECONDS = 20.0
 """How long a rank waits for the launcher to end it, as it does when another rank has reported."""
-_LOST_PEER = ("closed by peer", "reset by peer", "pair closure", "Broken pipe", "remote process exited")
+_LOST_PEER = (
+    "closed by peer", "reset by peer", "pair closure", "Broken pipe", "remote process exited", "Timed out waiting",
+    "failed to recv",
+)  # fmt: skip
 
 
 class DivergedError(RuntimeError):
@@ -42,22 +46,36 @@ def message_of(error: BaseException) -> str | None:
 def exit_code(error: BaseException, stop: StopSignals) -> int | None:
     """Report an error and return the exit code, or None to let the error itself through with its stack trace.
 
-    Most errors meet every rank: rank 0 reports and leaves, and the launcher ends the others. What another rank alone
-    met, it reports itself when nobody has ended it for a while; so does one whose collective broke because a rank left.
+    Most errors meet every rank: the first of each node reports and leaves, and the node's launcher ends the others.
+    What another rank alone met, it reports itself when nobody has ended it for a while; so does one whose collective
+    broke because a rank left. Ranks that have not met yet are told, so that none waits for this one.
     """
-    message, rank = message_of(error), os.environ.get("RANK", "0")
+    message, rank, speaks = message_of(error), os.environ.get("RANK", "0"), is_first_on_node()
     code = EXIT_DIVERGED if isinstance(error, DivergedError) else EXIT_USER_ERROR
-    if message is not None and rank == "0":
-        print(f"error: {message}", file=sys.stderr, flush=True)
-        return code
     lost_peer = isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST_PEER)
+    if message is not None and speaks:
+        _say(message, rank)
+    if message is not None or not lost_peer:
+        tell(message or f"{type(error).__name__}: {error}")
     if message is None and not lost_peer:
         return None
+    if message is not None and speaks:
+        return code
     if stop.requested:  # the launcher has asked this rank to end already
         return code if message is not None else EXIT_STOPPED
     stop.default()
-    time.sleep(PATIENCE_SECONDS)
+    time.sleep(PATIENCE_SECONDS if speaks else 2 * PATIENCE_SECONDS)
     if message is None:
-        return None
-    print(f"error on rank {rank}: {message}", file=sys.stderr, flush=True)
+        first = (str(error).splitlines() or [""])[0]
+        _say(
+            "the connection to another rank is lost: it has ended, or its node, or the network between. Its own output "
+            f"says why; the same command goes on from the last checkpoint. ({first})",
+            rank,
+        )
+        return EXIT_LOST
+    _say(message, rank)
     return code
+
+
+def _say(message: str, rank: str) -> None:
+    print(f"error: {message}" if rank == "0" else f"error on rank {rank}: {message}", file=sys.stderr, flush=True)

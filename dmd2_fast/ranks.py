@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import logging
 import os
+import socket
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,8 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .errors import UserError
+from .rendezvous import COLLECTIVE_MINUTES, meet
 
-COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=COLLECTIVE_MINUTES)
 
 T = TypeVar("T")
 
@@ -42,7 +44,8 @@ def world_size_from_environment() -> int:
 def init_distributed() -> Rank:
     """Join the process group that the launcher describes, or make one of a single rank (`python train.py`).
 
-    `UserError` when the launcher's port is taken. A single rank needs no port, so any number of them run side by side.
+    `UserError` when the ranks do not come together (`rendezvous.meet`) or cannot reach each other. A single rank needs
+    no port, so any number of them run side by side.
     """
     import deepspeed
 
@@ -50,29 +53,37 @@ def init_distributed() -> Rank:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if "RANK" not in os.environ:  # DeepSpeed looks for these, and for MPI where they are missing
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_rank, world_size = int(os.environ.get("LOCAL_RANK", "0")), world_size_from_environment()
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
         device = torch.device("cuda", local_rank)
     else:
         device = torch.device("cpu")
-        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world_size_from_environment()))
+        # torchrun's name, DeepSpeed's, none
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, available_cores() // local_ranks))
     if not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        if world_size_from_environment() == 1:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT)
-        try:
-            deepspeed.init_distributed(backend, timeout=COLLECTIVE_TIMEOUT, verbose=False)
-        except dist.DistNetworkError as error:
-            if "EADDRINUSE" not in str(error):
-                raise
-            raise UserError(
-                f"port {os.environ['MASTER_PORT']}, at which the ranks are to meet, is in use, by another run perhaps: "
-                "choose one with `deepspeed --master_port PORT train.py ...`"
-            ) from None
+        _make_group("nccl" if device.type == "cuda" else "gloo", world_size)
     return Rank(dist.get_rank(), dist.get_world_size(), device)
+
+
+def _make_group(backend: str, world_size: int) -> None:
+    import deepspeed
+
+    rank = int(os.environ["RANK"])
+    store = dist.HashStore() if world_size == 1 else meet(backend)
+    try:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
+    except RuntimeError as error:
+        if "connectFullMesh" not in str(error):
+            raise
+        raise UserError(
+            f"rank {rank} on {socket.gethostname()} and the others do not reach each other: name the network interface "
+            "between the nodes, as in `export GLOO_SOCKET_IFNAME=eth0`, on each, and let all ports through between them: "
+            f"see docs/multinode.md. ({str(error).splitlines()[0]})"
+        ) from None
+    deepspeed.init_distributed(backend, timeout=COLLECTIVE_TIMEOUT, verbose=False)
 
 
 def available_cores() -> int:

@@ -6,9 +6,7 @@ the others inside C++ could not answer in any other way. From then on `StopSigna
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import json
 import os
 import signal
 import sys
@@ -126,25 +124,18 @@ class Process:
 def launchers() -> list[Process]:
     """The processes of `deepspeed` that this rank depends on; empty under torchrun, plain python or another launcher.
 
-    launch.py starts the ranks of a node and waits for them. On a single node `deepspeed` itself waits for launch.py,
-    and has no handler for signals: SIGTERM ends it alone, and would leave the ranks training unnoticed.
+    launch.py starts the ranks of a node and waits for them. On a single node, and with --no_ssh, `deepspeed` itself
+    waits for launch.py, and has no handler for signals: SIGTERM ends it alone, and would leave the ranks training
+    unnoticed.
     """
     parent = Process.find(os.getppid()) if "LOCAL_RANK" in os.environ else None
     if parent is None or LAUNCH_MODULE not in parent.command():
         return []
     runner = Process.find(parent.parent)
     words = [Path(word).name for word in runner.command()[:4]] if runner is not None else []
-    if runner is not None and _num_nodes(parent) == 1 and any(word in RUNNERS for word in words):
+    if runner is not None and any(word in RUNNERS for word in words):
         return [parent, runner]
     return [parent]
-
-
-def _num_nodes(launch: Process) -> int:
-    for word in launch.command():
-        if word.startswith("--world_info="):
-            with contextlib.suppress(ValueError):
-                return len(json.loads(base64.urlsafe_b64decode(word.partition("=")[2])))
-    return 0
 
 
 def watch_launchers() -> None:

@@ -50,6 +50,7 @@ from .ranks import (
     raise_together,
     world_size_from_environment,
 )
+from .rendezvous import adopt_slurm
 from .runs import RunFolder, inspect_run, open_run, write_atomic
 from .stopping import EXIT_STOPPED, StopRequested, StopSignals, watch_launchers
 
@@ -398,9 +399,12 @@ def _train(config: Config, run: RunFolder, rank: Rank, stop: StopSignals) -> int
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Exit codes: 0 done, 1 diverged (state saved), 2 bad input, 143 stopped by a signal (saved)."""
-    stop, is_main = StopSignals(), os.environ.get("RANK", "0") == "0"
+    """The command line. Exit codes: 0 done, 1 diverged (state saved), 2 bad input, 3 another node lost, 143 stopped
+    by a signal (state saved)."""
+    stop, is_main = StopSignals(), False
     try:
+        adopt_slurm()
+        is_main = os.environ.get("RANK", "0") == "0"
         args = parse_training_arguments(argv)
         world_size = world_size_from_environment()
         config = load_config(args.config, args.set, world_size)
