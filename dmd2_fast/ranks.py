@@ -80,8 +80,8 @@ def _make_group(backend: str, world_size: int) -> None:
             raise
         raise UserError(
             f"rank {rank} on {socket.gethostname()} and the others do not reach each other: name the network interface "
-            "between the nodes, as in `export GLOO_SOCKET_IFNAME=eth0`, on each, and let all ports through between them: "
-            f"see docs/multinode.md. ({str(error).splitlines()[0]})"
+            "between the nodes on each, as in `export GLOO_SOCKET_IFNAME=eth0`, and let all ports through between "
+            f"them: see docs/multinode.md. ({str(error).splitlines()[0]})"
         ) from None
     deepspeed.init_distributed(backend, timeout=COLLECTIVE_TIMEOUT, verbose=False)
 

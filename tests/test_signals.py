@@ -238,16 +238,14 @@ def test_only_deepspeeds_own_launchers_are_watched(monkeypatch, tmp_path):
     monkeypatch.setattr(Process, "find", classmethod(lambda cls, pid: family.get(pid)))
     monkeypatch.setattr(Process, "command", lambda self: commands.get(self.pid, []))
     monkeypatch.setattr(stopping, "LAUNCH_MODULE", "deepspeed.launcher.launch")
-    one = "--world_info=eyJsb2NhbGhvc3QiOiBbMCwgMV19"  # {"localhost": [0, 1]}
-    two = "--world_info=eyJhIjogWzBdLCAiYiI6IFswXX0="  # {"a": [0], "b": [0]}
     launch = ["python", "-u", "-m", "deepspeed.launcher.launch"]
-    commands[20], commands[30] = ["python", "/bin/deepspeed", "train.py"], [*launch, one]
+    commands[20], commands[30] = ["python", "/bin/deepspeed", "train.py"], launch
     assert [process.pid for process in launchers()] == [30, 20]
     for parent in (["bash", "-c", "deepspeed train.py"], ["sshd"], []):  # its death says nothing
         commands[20] = parent
         assert [process.pid for process in launchers()] == [30]
-    commands[20], commands[30] = ["python", "/bin/deepspeed", "train.py"], [*launch, two]
-    assert [process.pid for process in launchers()] == [30]
+    commands[20] = ["python", "/bin/deepspeed", "--no_ssh", "train.py"]
+    assert [process.pid for process in launchers()] == [30, 20]
     commands[30] = ["python", "-m", "torch.distributed.run"]
     assert launchers() == []
 

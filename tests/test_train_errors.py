@@ -301,11 +301,13 @@ def test_two_ranks_speak_once(world):
 def test_what_a_rank_alone_has_met_is_said_after_a_while(world, monkeypatch, capfd):
     monkeypatch.setattr(failures, "PATIENCE_SECONDS", 0)
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     err = refused(world, capfd, monkeypatch, "--set", "data.path=nowhere")
     check_message(err, "error on rank 1: data.path: there is no folder nowhere")
     stop = StopSignals()
     assert failures.exit_code(DataError("x"), stop) == 2 and "error on rank 1: x" in capfd.readouterr().err
-    assert failures.exit_code(RuntimeError("Connection closed by peer [127.0.0.1]:9"), stop) is None  # nobody came
+    assert failures.exit_code(RuntimeError("Connection closed by peer [127.0.0.1]:9"), stop) == 3  # nobody came
+    assert "connection to another rank is lost" in capfd.readouterr().err
     assert failures.exit_code(RuntimeError("a mistake of ours"), stop) is None
     stop.number = signal.SIGTERM  # the launcher ends the ranks: rank 0 has spoken
     assert failures.exit_code(DataError("x"), stop) == 2

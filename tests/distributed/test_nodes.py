@@ -1,4 +1,4 @@
-"""Two nodes, each started in the ways of docs/multinode.md: what they train, and how they end when something is wrong."""
+"""Two nodes, started in the ways of docs/multinode.md: what they train, and how they end when something is wrong."""
 
 import json
 import os
@@ -43,12 +43,13 @@ os.execvp("nsenter", [*{enter}[host], *command])
 SRUN = """#!{python}
 # What srun does: a task on each node, told who it is by these variables.
 import os, subprocess, sys
-assert sys.argv[1:4] == ["-n", "2", "--export=ALL"], sys.argv
+assert sys.argv[1:3] == ["-n", "2"] and sys.argv[3].startswith("--export=ALL"), sys.argv
+exported = dict(word.split("=", 1) for word in sys.argv[3].split(",")[1:])
 started = []
 for n, host in enumerate({enter}):
     task = dict(SLURM_PROCID=n, SLURM_LOCALID=0, SLURM_NODEID=n, SLURM_NTASKS=2, SLURM_STEP_NUM_TASKS=2,
                 SLURM_STEP_ID=0, SLURM_JOB_ID=4711, SLURM_STEP_NODELIST="node[0-1]")
-    env = os.environ | {{key: str(value) for key, value in task.items()}}
+    env = os.environ | exported | {{key: str(value) for key, value in task.items()}}
     started.append(subprocess.Popen([*{enter}[host], *sys.argv[4:]], env=env))
 sys.exit(max(process.wait() for process in started))
 """
@@ -56,10 +57,11 @@ sys.exit(max(process.wait() for process in started))
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Data, teacher, hostfile, and stand-ins for pdsh, ssh, srun in bin/ once `pair` is there: the common disk."""
+    """The nodes' common disk: data, teacher, hostfile, and what a fresh login lacks."""
     folder = tmp_path_factory.mktemp("nodes")
     prepare(folder)
     (folder / "hostfile").write_text("".join(f"{name} slots=1\n" for name in NAMES))
+    (folder / ".deepspeed_env").write_text("OMP_NUM_THREADS=1\nGLOO_SOCKET_IFNAME=eth0\n")
     return folder
 
 
@@ -71,6 +73,7 @@ def pair(folder):
 
 
 def tools(folder, pair):
+    """Stand-ins for pdsh, ssh, srun in bin/, which reach the two nodes."""
     (folder / "bin").mkdir(exist_ok=True)
     enter = {node.name: node.enter() for node in pair}
     for name, text in (("pdsh", PDSH), ("ssh", SSH), ("srun", SRUN), ("sinfo", "#!/bin/sh\n")):
@@ -79,11 +82,11 @@ def tools(folder, pair):
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
 
 
-def config_for(folder, name, iterations=3, **settings):
+def config_for(folder, name, iterations=3):
     # eps: at 1e-8, Adam turns the rounding errors of gradients that are zero but for rounding into full steps.
     network = {"optimizer": {"params": {"eps": 1e-5}}}
     run = {"iterations": iterations, "num_samples": 20}
-    return write_config(folder, name, 2, generator=network, fake_score=network, run=run, **settings)[1]
+    return write_config(folder, name, 2, generator=network, fake_score=network, run=run, data={"loader": "plain"})[1]
 
 
 def no_ssh(pair, *arguments, **variables):
@@ -134,9 +137,8 @@ def test_no_ssh(folder, pair, expected):
 
 
 def test_a_hostfile_and_pdsh(folder, pair, expected):
-    """What a fresh login on each node lacks comes from .deepspeed_env; the address of node0 from `hostname -I`."""
+    """From a third machine: the nodes get .deepspeed_env and nothing else, node0's address is its `hostname -I`."""
     config_for(folder, "pdsh")
-    (folder / ".deepspeed_env").write_text("OMP_NUM_THREADS=1\nGLOO_SOCKET_IFNAME=eth0\n")
     command = deepspeed("--quiet", "--hostfile", "hostfile", TRAIN, "--config", "pdsh.json")
     ((code, output),) = finish([elsewhere(folder, *command)], 120)
     assert code == 0, output
@@ -149,10 +151,10 @@ def test_a_hostfile_and_pdsh(folder, pair, expected):
 
 
 def test_slurm(folder, pair):
-    """DeepSpeed's --launcher slurm calls srun, and so may the user: no MASTER_ADDR, no RANK. Here it ends early."""
-    config = json.loads((folder / f"{config_for(folder, 'slurm') and 'slurm'}.json").read_text())
-    config["train_batch_size"] = 9
-    (folder / "slurm.json").write_text(json.dumps(config))
+    """DeepSpeed's --launcher slurm calls srun: no RANK, no MASTER_ADDR. A batch that two ranks cannot share."""
+    config_for(folder, "slurm")
+    config = json.loads((folder / "slurm.json").read_text())
+    (folder / "slurm.json").write_text(json.dumps(config | {"train_batch_size": 9}))
     command = deepspeed(
         "--quiet", "--hostfile", "hostfile", "--launcher", "slurm", TRAIN, "--config", "slurm.json"
     )  # fmt: skip
