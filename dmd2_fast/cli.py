@@ -19,6 +19,7 @@ from dmd2_fast.stopping import StopRequested, StopSignals
 
 DESCRIPTION = """Few-step distillation of diffusion models: everything around the training itself,
 which is `deepspeed train.py --config ds_digits.json`."""
+PREPARE_OPTIONS = ("resolution", "batch_size", "samples_per_shard", "dtype", "size_condition", "device")
 
 
 def _doctor(_: argparse.Namespace) -> None:
@@ -31,6 +32,19 @@ def _prepare(arguments: argparse.Namespace) -> None:
     from dmd2_fast.config import load_config
 
     config = load_config(arguments.config, arguments.set)
+    options = {name: value for name in PREPARE_OPTIONS if (value := getattr(arguments, name)) is not None}
+    if not arguments.digits:
+        from dmd2_fast.prepare import Options, prepare
+
+        number, left_out = prepare(
+            config, images=arguments.images, prompts=arguments.prompts, options=Options(**options)
+        )
+        listed = f", {left_out} inputs left out, listed in left_out.jsonl" if left_out else ""
+        print(f"{config.data.path}: {number} samples{listed}")
+        return
+    if options or config.data.kind != "webdataset":
+        what = f"--{next(iter(options)).replace('_', '-')}" if options else f"data.kind {config.data.kind}"
+        raise UserError(f"{what} is for --images and --prompts: the digits have a form of their own (webdataset)")
     from dmd2_fast.data import prepare_digits
 
     prepare_digits(config.data.path)
@@ -173,6 +187,28 @@ def _add_run_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", required=True, metavar="FOLDER", help="folder of a run, such as runs/digits")
 
 
+def _add_prepare_arguments(prepare: argparse.ArgumentParser) -> None:
+    source = prepare.add_mutually_exclusive_group(required=True)
+    source.add_argument("--digits", action="store_true", help="the 1,797 handwritten digits that scikit-learn ships")
+    source.add_argument(
+        "--images",
+        metavar="FOLDER",
+        help="images with captions (NAME.txt beside each, or metadata.jsonl), to latents and text embeddings",
+    )
+    source.add_argument(
+        "--prompts", metavar="FILE", help="one prompt a line, to text embeddings alone, for runs without a GAN"
+    )
+    side = "side of the images (default: the model's)"
+    prepare.add_argument("--resolution", type=_at_least(1), metavar="PIXELS", help=side)
+    prepare.add_argument("--batch-size", type=_at_least(1), help="encoded together (default: 4 images, 64 prompts)")
+    prepare.add_argument("--samples-per-shard", type=_at_least(1), help="inputs of one tar file (default: 1000)")
+    stored = "what is stored (default: float16); the encoders run in f32"
+    prepare.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), help=stored)
+    sizes = "SDXL's time_ids: the size that is sampled in (default), or each image's own size and crop"
+    prepare.add_argument("--size-condition", choices=("target", "image"), help=sizes)
+    prepare.add_argument("--device", help="where the encoders run (default: cuda where there is one)")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     parser = argparse.ArgumentParser(
@@ -197,11 +233,14 @@ def build_parser() -> argparse.ArgumentParser:
     command("doctor", _doctor, "say what is installed, what each operator runs on and what is missing", "doctor")
 
     prepare = command(
-        "prepare", _prepare, "write the training data as WebDataset shards", "prepare --digits --config ds_digits.json"
+        "prepare",
+        _prepare,
+        "write the training data as WebDataset shards, and go on where it was stopped",
+        "prepare --digits --config ds_digits.json\n"
+        "  dmd2-fast prepare --images photos/ --config ds_sdxl.json\n"
+        "  dmd2-fast prepare --prompts prompts.txt --config ds_sdxl.json",
     )
-    prepare.add_argument(
-        "--digits", action="store_true", required=True, help="the 1,797 handwritten digits that scikit-learn ships"
-    )
+    _add_prepare_arguments(prepare)
     add_config_arguments(prepare)
 
     teacher = command("teacher", _teacher, "train the small teacher from nothing", "teacher --config ds_digits.json")

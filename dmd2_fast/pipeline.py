@@ -169,9 +169,12 @@ def _part(path: str | os.PathLike, name: str, load: Callable[..., Any], *, weigh
 @contextmanager
 def _quiet():
     """Without the libraries' advice (accelerate, torchvision) and their bars for loading a few tensors."""
+    from transformers.utils import logging as transformers_logging
+
     loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
-    levels = [logger.level for logger in loggers]
+    levels, bars = [logger.level for logger in loggers], transformers_logging.is_progress_bar_enabled()
     try:
+        transformers_logging.disable_progress_bar()
         for logger in loggers:
             logger.setLevel(logging.ERROR)
         with warnings.catch_warnings():
@@ -180,3 +183,5 @@ def _quiet():
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

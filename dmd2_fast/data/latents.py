@@ -183,8 +183,8 @@ def read_description(folder: str | Path) -> Description:
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(
-            f"{path}: cannot be read ({type(error).__name__}: {error}); expected sample_shape [channels, height, width]"
-            " and fields. Prepare the data again."
+            f"{path}: cannot be read ({type(error).__name__}: {error}); expected sample_shape [channels, height, "
+            "width] and fields. Prepare the data again."
         ) from error
     return Description(tuple(shape), shapes)
 
