@@ -114,8 +114,8 @@ def meet(backend: str) -> dist.Store:
     if unreachable and len({host for host, _ in places}) > 1:
         raise UserError(
             f"the host name of {', '.join(unreachable)} stands for a loopback address there (127.0.1.1 in "
-            "/etc/hosts?), at which other nodes find nobody. Name the network interface between the nodes on each of them, as in "
-            "`export GLOO_SOCKET_IFNAME=eth0`: see docs/multinode.md."
+            "/etc/hosts?), at which other nodes find nobody. Name the network interface between the nodes on "
+            "each, as in `export GLOO_SOCKET_IFNAME=eth0`: see docs/multinode.md."
         )
     return dist.PrefixStore("group", store)
 

@@ -133,9 +133,13 @@ def test_a_rank_that_cannot_start_tells_the_others(port, monkeypatch):
 
 
 def test_rank_0_stays_until_the_others_have_heard(port, monkeypatch):
-    code = (
-        "try:\n  rendezvous.meet('gloo')\nexcept Exception as error:\n  rendezvous.tell('x')\n  raise SystemExit(error)"
-    )
+    code = """if True:
+        try:
+            rendezvous.meet("gloo")
+        except Exception as error:
+            rendezvous.tell("x")
+            raise SystemExit(error)
+    """
     other = other_rank(code, monkeypatch)
     rendezvous.tell("no folder y")
     assert "no folder y\n(met by rank 0" in other.communicate(timeout=30)[1] and other.returncode == 1
