@@ -17,6 +17,7 @@ from dmd2_fast.errors import UserError
 from dmd2_fast.failures import message_of
 from dmd2_fast.stopping import StopRequested, StopSignals
 
+DTYPES = ("float32", "float16", "bfloat16")
 DESCRIPTION = """Few-step distillation of diffusion models: everything around the training itself,
 which is `deepspeed train.py --config ds_digits.json`."""
 PREPARE_OPTIONS = ("resolution", "batch_size", "samples_per_shard", "dtype", "size_condition", "device")
@@ -76,11 +77,19 @@ def _config(arguments: argparse.Namespace) -> None:
     print(json.dumps(config.to_dict(), indent=2))
 
 
+def _run_folder(arguments: argparse.Namespace) -> Path:
+    """The folder named as an argument or after --run."""
+    named = [folder for folder in (getattr(arguments, "folder", None), arguments.run) if folder is not None]
+    if len(named) != 1:
+        raise UserError(f"expected one folder, got {len(named)}: name a run, such as runs/digits")
+    return Path(named[0])
+
+
 def _existing_run(arguments: argparse.Namespace) -> Path:
     from dmd2_fast.errors import RunFolderError
     from dmd2_fast.runs import is_run_folder
 
-    run = Path(arguments.run)
+    run = _run_folder(arguments)
     if not is_run_folder(run):
         what = "has no config.json" if run.is_dir() else "does not exist"
         raise RunFolderError(f"{run} {what}: expected the folder of a run, such as runs/digits.")
@@ -112,11 +121,25 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _sample(arguments: argparse.Namespace) -> None:
-    run = _finished_run(arguments)
-    from dmd2_fast.export import sample_run
+    from dmd2_fast.runs import METADATA_FILE
 
-    sample_run(run, arguments.num, arguments.seed, Path(arguments.out))
+    folder = _run_folder(arguments)
+    if not (folder / METADATA_FILE).is_file():  # no export, so a run
+        folder = _finished_run(arguments)
+    from dmd2_fast.sampling import sample_run
+
+    sample_run(
+        folder, arguments.num, arguments.seed, Path(arguments.out), prompts=arguments.prompt,
+        prompts_file=arguments.prompts, pipeline=arguments.pipeline, dtype=arguments.dtype,
+    )  # fmt: skip
     print(arguments.out)
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    run = _finished_run(arguments)
+    from dmd2_fast.export_folder import export_run
+
+    print(export_run(run, arguments.format, arguments.out, full=arguments.full, dtype=arguments.dtype))
 
 
 def _report(arguments: argparse.Namespace) -> None:
@@ -209,6 +232,37 @@ def _add_prepare_arguments(prepare: argparse.ArgumentParser) -> None:
     prepare.add_argument("--device", help="where the encoders run (default: cuda where there is one)")
 
 
+def _add_folder_argument(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("folder", nargs="?", metavar="FOLDER", help=what)
+    parser.add_argument("--run", metavar="FOLDER", help="the same")
+
+
+def _add_sample_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_folder_argument(parser, "folder of a finished run, such as runs/digits, or of an export")
+    parser.add_argument("--num", type=_at_least(1), help="how many samples (default: one a prompt, 64 of classes)")
+    parser.add_argument("--seed", type=_at_least(0), default=0, help="seed of the noise (default: 0)")
+    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="what to show (repeatable)")
+    parser.add_argument("--prompts", metavar="FILE", help="text file with one prompt a line")
+    parser.add_argument(
+        "--pipeline", metavar="FOLDER", help="pipeline whose text encoders and VAE are used (default: the teacher's)"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: bfloat16 for text on a GPU)")
+    parser.add_argument(
+        "--out", type=_sample_file, default="samples.png", metavar="FILE",
+        help=".png or .safetensors (default: samples.png)",
+    )  # fmt: skip
+
+
+def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_folder_argument(parser, "folder of a finished run, such as runs/sdxl")
+    parser.add_argument(
+        "--format", required=True, choices=("diffusers", "lora"), help="UNet in diffusers' layout, or the adapter alone"
+    )
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="new folder to write")
+    parser.add_argument("--full", action="store_true", help="a whole pipeline, the rest copied from model.path")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the UNet (default: float32)")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     parser = argparse.ArgumentParser(
@@ -253,23 +307,22 @@ def build_parser() -> argparse.ArgumentParser:
         )
     )
 
-    sample = command(
-        "sample",
-        _sample,
-        "draw samples from a run's generator",
-        "sample --run runs/digits --num 100 --seed 1 --out digits.png",
+    _add_sample_arguments(
+        command(
+            "sample",
+            _sample,
+            "draw samples from the generator of a run or an export",
+            "sample runs/sdxl --prompt cats --num 4 --seed 1 --out cats.png",
+        )
     )
-    _add_run_argument(sample)
-    sample.add_argument("--num", type=_at_least(1), default=64, help="how many samples (default: 64)")
-    sample.add_argument("--seed", type=_at_least(0), default=0, help="seed of noise and labels (default: 0)")
-    sample.add_argument(
-        "--out",
-        type=_sample_file,
-        default="samples.png",
-        metavar="FILE",
-        help=".png or .safetensors (default: samples.png)",
+    _add_export_arguments(
+        command(
+            "export",
+            _export,
+            "write a run's generator as a folder that diffusers loads, with its timesteps",
+            "export runs/sdxl --format diffusers --full --out sdxl-4step",
+        )
     )
-
     _add_run_argument(
         command("report", _report, "write a run's report.html, also while it is going on", "report --run runs/digits")
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -34,10 +36,24 @@ def save_grid(path: str | os.PathLike, images: Tensor, columns: int) -> None:
         Image.fromarray(array).save(temporary, format="PNG")
 
 
-def save_samples(path: str | os.PathLike, images: Tensor, labels: Tensor, seed: int) -> None:
-    """Write `images` (N, C, H, W) f32 in [-1, 1], `labels` (N,) int64 and `seed` (1,) int64; atomically."""
+def save_samples(
+    path: str | os.PathLike,
+    images: Tensor,
+    labels: Tensor | None = None,
+    seed: int = 0,
+    prompts: Sequence[str] | None = None,
+) -> None:
+    """Write `images` (N, C, H, W) f32 in [-1, 1] and `seed` (1,) int64; atomically.
+
+    With `labels` (N,) int64 as a tensor, or with `prompts` as JSON in the file's metadata.
+    """
     from safetensors.torch import save_file
 
-    tensors = {"images": images.float().contiguous(), "labels": labels.contiguous(), "seed": torch.tensor([seed])}
+    tensors = {"images": images.float().contiguous(), "seed": torch.tensor([seed])}
+    metadata = {"value_range": "[-1, 1]", "seed": str(seed)}
+    if labels is not None:
+        tensors["labels"] = labels.contiguous()
+    if prompts is not None:
+        metadata["prompts"] = json.dumps(list(prompts))
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"value_range": "[-1, 1]", "seed": str(seed)})
+        save_file(tensors, temporary, metadata=metadata)

@@ -49,6 +49,8 @@ HARMLESS_KEYS = (
 later iteration another learning rate. With constant schedules on both networks it may change.
 """
 
+METADATA_FILE = "generator.json"
+"""In an exported folder: what the metadata of generator.safetensors are in a run's."""
 LOCK_FILE = ".lock"
 """In a run folder while a process trains there."""
 

@@ -43,7 +43,7 @@ def calls(monkeypatch):
     calls.install("data", "prepare_digits", None)
     calls.install("teacher", "train_teacher", None)
     calls.install("evaluation", "evaluate_run", {"rows": [{"network": "generator", "evaluations": 4, "fd": 0.5}]})
-    calls.install("export", "sample_run", None)
+    calls.install("sampling", "sample_run", None)
     calls.install("doctor", "doctor", "all is well")
     return calls
 
@@ -82,7 +82,9 @@ def test_commands_on_a_run(calls, run_folder, capsys):
     assert main(["sample", "--run", run, "--num", "9", "--seed", "4", "--out", "x.png"]) == 0
     assert main(["report", "--run", run]) == 0
     assert main(["doctor"]) == 0
-    assert calls == [("evaluate_run", run_folder), ("sample_run", run_folder, 9, 4, Path("x.png")), ("doctor",)]
+    none = (("prompts", []), ("prompts_file", None), ("pipeline", None), ("dtype", None))
+    sampled = ("sample_run", run_folder, 9, 4, Path("x.png"), *none)
+    assert calls == [("evaluate_run", run_folder), sampled, ("doctor",)]
     assert "<!doctype html>" in (run_folder / "report.html").read_text()
     assert capsys.readouterr().out.splitlines() == ["x.png", str(run_folder / "report.html"), "all is well"]
 

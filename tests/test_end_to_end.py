@@ -15,13 +15,14 @@ from tiny import ROOT, tiny_config, tiny_denoiser
 from dmd2_fast.data import read_all
 from dmd2_fast.errors import UserError
 from dmd2_fast.evaluation import sample_teacher
-from dmd2_fast.export import FewStepGenerator, cycling_labels, load_generator, sample_run, save_generator
+from dmd2_fast.export import FewStepGenerator, cycling_labels, load_generator, save_generator
 from dmd2_fast.grids import save_grid
 from dmd2_fast.metrics import Reference
 from dmd2_fast.networks import denoiser_settings
 from dmd2_fast.random import NoiseKey
 from dmd2_fast.rollout import sample
 from dmd2_fast.runs import read_metrics
+from dmd2_fast.sampling import sample_run
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 

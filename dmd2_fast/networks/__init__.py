@@ -145,7 +145,7 @@ def check_shapes(own: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ..
         raise UserError(f"{source} does not fit the network: {'; '.join(wrong[:3])}{more}")
 
 
-def load_weights(module: nn.Module, state: dict[str, Any], source: str) -> None:
-    """Put copies of these tensors, in f32, into a module, also one on meta; `UserError` lists what does not fit."""
+def load_weights(module: nn.Module, state: dict[str, Any], source: str, dtype: torch.dtype = torch.float32) -> None:
+    """Put copies of these tensors into a module, also one on meta; `UserError` lists what does not fit."""
     check_shapes(tensor_shapes(module), {name: tuple(value.shape) for name, value in state.items()}, source)
-    module.load_state_dict({name: value.to(torch.float32, copy=True) for name, value in state.items()}, assign=True)
+    module.load_state_dict({name: value.to(dtype, copy=True) for name, value in state.items()}, assign=True)
