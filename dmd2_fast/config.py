@@ -239,6 +239,11 @@ COMBINATIONS: tuple[Combination, ...] = (
         "the range is empty: expected [low, high] with low < high",
     ),
     Combination(
+        ("run.sample_prompts", "model.kind"),
+        lambda c: bool(c.run.sample_prompts) and not _is_pipeline(c),
+        "a unet2d knows classes, which its grids show in turn, and takes no prompts: leave sample_prompts out",
+    ),
+    Combination(
         ("run.gather",),
         _leaves_by_module,
         "zero_optimization.leaf_module makes ZeRO-3 gather whole blocks, and it frees them before the backward through "

@@ -237,6 +237,8 @@ class RunConfig:
     """Newest checkpoints that are kept, >= 1."""
     sample_interval: CountOrZero = 100
     """Iterations between grids of fixed-noise samples, >= 0; 0 for none."""
+    sample_prompts: tuple[str, ...] = ()
+    """What the grids of sd15 and sdxl show, one image a prompt; default: conditions of the first training samples."""
     num_samples: Annotated[int, Range(ge=4)] = 2000
     """Samples of the final evaluation, >= 4: the scores look at the third nearest neighbour."""
     progress: bool = True

@@ -39,8 +39,8 @@ VERSIONS = ("torch", "deepspeed", "diffusers", "triton", "nvidia-dali-cuda130", 
 
 
 def has_test_split(config: Config) -> bool:
-    """Whether there is held-out data to compare samples with."""
-    return any(Path(config.data.path).glob("test-*.tar"))
+    """Whether there are held-out images to compare samples with."""
+    return config.data.kind == "webdataset" and any(Path(config.data.path).glob("test-*.tar"))
 
 
 def load_reference(config: Config) -> Reference:

@@ -18,6 +18,7 @@ from .errors import ConfigError
 from .networks import build_without_weights, check_shapes, tensor_shapes
 from .networks.lora import check_targets
 from .networks.source import open_source, open_start
+from .pipeline import NAMES as ENCODER_NAMES
 
 SMALL_BYTES = 32 << 20
 """Shards up to this size in all are read through; more are left to the loader, which must read their headers anyway."""
@@ -28,6 +29,7 @@ def check_inputs(config: Config) -> None:
     teacher = _teacher_without_weights(config)
     check_teacher(config, teacher)
     choose_loader(config.data.loader)
+    check_previews(config)
     for split in ("train", "test"):
         if split == "test" and not any(Path(config.data.path).glob("test-*.tar")):
             continue  # such a run is not evaluated
@@ -50,6 +52,22 @@ def check_teacher(config: Config, teacher: Denoiser) -> None:
         raise ConfigError(f"adversarial.levels do not fit the network of {path}: {error}") from None
     if config.model.lora is not None:
         check_targets(teacher.network.unet, config.model.lora)
+
+
+def check_previews(config: Config) -> None:
+    """Refuse grids of prompts from a pipeline without what they take: its VAE, and text encoders for given prompts."""
+    model, run = config.model, config.run
+    if model.kind == "unet2d" or not run.sample_interval:
+        return
+    needed = ["vae/config.json"]
+    if run.sample_prompts:
+        needed += [f"{part}{end}/" for end in ENCODER_NAMES[model.kind] for part in ("tokenizer", "text_encoder")]
+    missing = [part for part in needed if Path(model.path).is_dir() and not (Path(model.path) / part).exists()]
+    if missing:
+        raise ConfigError(
+            f"run.sample_interval is {run.sample_interval}, but {model.path} has no {', '.join(missing)}, which grids "
+            "of samples take: name a whole pipeline, or set run.sample_interval 0."
+        )
 
 
 def check_data(config: Config, teacher: Denoiser, split: str, dataset: Dataset) -> None:

@@ -26,6 +26,7 @@ HARMLESS_KEYS = (
     f"{SECTION}.run.checkpoint_interval",
     f"{SECTION}.run.keep_checkpoints",
     f"{SECTION}.run.sample_interval",
+    f"{SECTION}.run.sample_prompts",
     f"{SECTION}.run.num_samples",
     f"{SECTION}.run.progress",
     f"{SECTION}.run.gather",  # where the weights are, not what is computed with them

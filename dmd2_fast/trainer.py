@@ -31,15 +31,15 @@ from .distillation import Algorithm, FakeScore, fake_score_loss, generate, gener
 from .engine import Engines, ShardedEMA, full_state_dict, poison_if_not_finite, step_was_skipped
 from .engine_lora import LoRAEngines
 from .errors import UserError
-from .evaluation import evaluate_run, has_test_split, load_reference
-from .export import FewStepGenerator, cycling_labels, num_classes, save_generator
+from .evaluation import evaluate_run, has_test_split
+from .export import FewStepGenerator, save_generator
 from .failures import DivergedError, diagnosis, exit_code
-from .grids import save_grid
 from .heads import GANHeads
 from .meters import Clock, Metrics
 from .networks import describe_network, load_denoiser
 from .optimization import learning_rate, set_learning_rate
 from .preflight import check_data, check_inputs, check_teacher
+from .previews import make_previews
 from .random import NoiseKey
 from .ranks import (
     Rank,
@@ -55,8 +55,6 @@ from .runs import RunFolder, inspect_run, open_run, write_atomic
 from .stopping import EXIT_STOPPED, StopRequested, StopSignals, watch_launchers
 
 MAX_SKIPS_IN_A_ROW = 20
-QUICK_SAMPLES = 500
-GRID_ROWS = 8
 
 
 class Trainer:
@@ -73,7 +71,6 @@ class Trainer:
         self.metrics, self.clock, self.seconds_before = Metrics(), Clock(), 0.0
         self.started = time.perf_counter()
         self.stop_requested = False
-        self.num_quick_samples, self.reference = self._make_reference()
         self._resume()
         self.writer = self._make_writer()
         self.loader = make_loader(
@@ -82,6 +79,7 @@ class Trainer:
             gradient_accumulation_steps=config.gradient_accumulation_steps,
         )  # fmt: skip
         check_data(config, self.denoiser, "train", self.loader.dataset)
+        self.previews = make_previews(config, self.denoiser, rank, self.loader.dataset)
 
     def _build_networks(self) -> None:
         """Generator and fake score start as copies of the teacher; the head from the run's seed, alike on all ranks."""
@@ -121,12 +119,6 @@ class Trainer:
         on_main(self.rank, lambda: self.run.truncate_metrics(self.iteration + 1))
         if self.rank.is_main:
             print(f"resuming at iteration {self.iteration} from {folder}")
-
-    def _make_reference(self) -> tuple[int, Any]:
-        """How many samples each grid's scores take, alike on all ranks, and on rank 0 what they are compared with."""
-        if not self.config.run.sample_interval or not has_test_split(self.config):
-            return 0, None
-        return QUICK_SAMPLES, on_main(self.rank, lambda: load_reference(self.config))
 
     def _make_writer(self) -> Any:
         """TensorBoard's writer on rank 0, where TensorBoard is installed."""
@@ -297,16 +289,13 @@ class Trainer:
 
     def _sample(self) -> dict[str, float]:
         """A grid of fixed-noise samples and their scores. Collective: every rank samples, rank 0 keeps."""
-        classes = num_classes(self.denoiser)
-        labels = cycling_labels(max(self.num_quick_samples, GRID_ROWS * classes), classes)
+        assert self.previews is not None  # sample_interval is not 0
         with self.clock.part("sampling"), self.averaged(), self.engines.bare(self.engines.generator) as denoiser:
-            images = FewStepGenerator(denoiser, self.algorithm.steps).sample(labels, seed=self.config.run.seed)
+            generator = FewStepGenerator(denoiser, self.algorithm.steps)
+            samples = generator.sample(self.previews.condition, seed=self.config.run.seed)
             if not self.rank.is_main:
                 return {}
-            save_grid(self.run.grid(self.iteration), images[: GRID_ROWS * classes], classes)
-            if self.reference is None or not bool(torch.isfinite(images).all()):
-                return {}
-            scores = self.reference.evaluate(images, labels)
+            scores = self.previews.keep(samples, self.run.grid(self.iteration))
         return {f"eval/{name}": value for name, value in scores.items()}
 
     def save(self) -> None:
