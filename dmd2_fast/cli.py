@@ -290,9 +290,7 @@ def build_parser() -> argparse.ArgumentParser:
         "prepare",
         _prepare,
         "write the training data as WebDataset shards, and go on where it was stopped",
-        "prepare --digits --config ds_digits.json\n"
-        "  dmd2-fast prepare --images photos/ --config ds_sdxl.json\n"
-        "  dmd2-fast prepare --prompts prompts.txt --config ds_sdxl.json",
+        "prepare --images photos --config ds_sdxl.json",
     )
     _add_prepare_arguments(prepare)
     add_config_arguments(prepare)

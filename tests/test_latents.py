@@ -281,6 +281,11 @@ def test_a_sample_without_tensors_and_a_folder_without_samples(tmp_path: Path) -
     (tmp_path / "train-000000.tar").unlink()
     with pytest.raises(DataError, match="hold 0 samples"):
         LatentDataset(tmp_path, "train")
+    write_folder(tmp_path, [random_sample(0)])
+    for value in (torch.zeros(7, 5), torch.full((7, 6), float("nan"))):
+        safetensors.torch.save_file({"prompt_embeds": value}, tmp_path / "unconditional.safetensors")
+        with pytest.raises(DataError, match=r"unconditional\.safetensors: tensor 'prompt_embeds' of shape"):
+            LatentDataset(tmp_path, "train")
     (tmp_path / "unconditional.safetensors").write_bytes(b"no")
     with pytest.raises(DataError, match=r"unconditional\.safetensors: cannot be read"):
         LatentDataset(tmp_path, "train")

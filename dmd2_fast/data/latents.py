@@ -70,6 +70,7 @@ class LatentDataset:
                 f"{self._members[0]}: latents of (channels, height, width) {self.shapes[LATENTS]}, but {DESCRIPTION} "
                 f"says {self.sample_shape}. Prepare the data again."
             )
+        self._check_unconditional()
         self._spans = self._places()
         if self.num_samples * self._spans[-1][1] <= CHECK_ALL_BYTES:
             for index in range(self.num_samples):
@@ -111,6 +112,14 @@ class LatentDataset:
 
     def close(self) -> None:
         self._shards.close()
+
+    def _check_unconditional(self) -> None:
+        for name, value in self.unconditional.items():
+            if tuple(value.shape) != self.shapes.get(name, value.shape) or not bool(torch.isfinite(value).all()):
+                raise DataError(
+                    f"{self.folder / UNCONDITIONAL}: tensor {name!r} of shape {tuple(value.shape)}, expected finite "
+                    f"values of the samples' shape {self.shapes.get(name)}. Prepare the data again."
+                )
 
     def _places(self) -> list[tuple[int, int]]:
         spans, position = [], 0

@@ -238,7 +238,7 @@ def find_shards(folder: Path, split: str) -> list[Path]:
     if not os.path.exists(folder):
         raise DataError(
             f"data.path: there is no folder {folder}. Expected a folder with {split}-000000.tar, ...; "
-            "prepare_digits() makes one of scikit-learn's digits."
+            "`dmd2-fast prepare` makes one."
         )
     if not os.path.isdir(folder):
         raise DataError(f"data.path: {folder} is a file, expected a folder with {split}-000000.tar, ...")
