@@ -26,6 +26,7 @@ from .config import Config, load_config
 from .config_deepspeed import validate_with_deepspeed
 from .data import make_loader
 from .data.batch import Batch
+from .data.latents import read_unconditional
 from .dispatch import backends
 from .distillation import Algorithm, FakeScore, fake_score_loss, generate, generator_loss
 from .engine import Engines, ShardedEMA, full_state_dict, poison_if_not_finite, step_was_skipped
@@ -86,6 +87,8 @@ class Trainer:
         config, device = self.config, self.rank.device
         teacher = load_denoiser(config.model).to(device)
         check_teacher(config, teacher)
+        if config.data.kind == "latents":
+            teacher.network.null_prompt_embeds = read_unconditional(config.data.path)["prompt_embeds"].to(device)
         self.denoiser = teacher
         heads = None
         if self.algorithm.adversarial:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tarfile
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -25,13 +26,17 @@ from pipelines import CAPTIONS, make_pipeline, write_images
 from tiny import ROOT, one_core
 
 from dmd2_fast import prepare as module
+from dmd2_fast import trainer
 from dmd2_fast.cli import main
 from dmd2_fast.config import load_config
 from dmd2_fast.data import make_loader
 from dmd2_fast.data.inputs import list_images, list_prompts, read_square
+from dmd2_fast.distillation import Algorithm
 from dmd2_fast.errors import ConfigError, DataError, UserError
+from dmd2_fast.pipeline import TextEncoders
 from dmd2_fast.preflight import check_inputs
 from dmd2_fast.prepare import Options, prepare
+from dmd2_fast.ranks import Rank
 
 CONFIGS = {"sdxl": str(ROOT / "ds_sdxl.json"), "sd15": str(ROOT / "configs" / "ds_sd15_stage1.json")}
 QUIET = {"progress": False, "samples_per_shard": 4, "batch_size": 3}
@@ -150,6 +155,7 @@ def test_captions_beside_and_in_metadata_give_the_same_bytes(pipelines, images, 
 KILLED = """
 import os, signal, sys
 from dmd2_fast import prepare as module
+from dmd2_fast import trainer
 from dmd2_fast.cli import main
 encode, calls = module._Job._encode, []
 def dying(self, rows):
@@ -503,6 +509,22 @@ def test_data_that_do_not_fit_the_model_or_the_losses(pipelines, images, tmp_pat
         path.write_text(json.dumps(description))
         with pytest.raises(ConfigError, match="pooled_prompt_embeds of shape none at all"):
             check_inputs(config(pipelines, folder, "sdxl", *off))
+
+
+def test_guidance_departs_from_the_prepared_empty_prompt(pipelines, tmp_path, monkeypatch):
+    """SD1.5: the trainer's teacher takes what `prepare` made of the pipeline's own text encoder."""
+    (tmp_path / "p.txt").write_text("a cat\n")
+    settings = config(pipelines, tmp_path / "data", "sd15", "adversarial.discriminator_weight=0")
+    prepare(settings, prompts=tmp_path / "p.txt", options=Options(**QUIET))
+    built = {}
+    monkeypatch.setattr(trainer, "Engines", lambda config, generator, fake, teacher: built.update(teacher=teacher))
+    run = object.__new__(trainer.Trainer)
+    run.config, run.rank, run.algorithm = settings, Rank(0, 1, torch.device("cpu")), Algorithm.from_config(settings)
+    with suppress(AttributeError):  # there are no engines to average
+        run._build_networks()
+    found = built["teacher"].unconditional({"prompt_embeds": torch.randn(2, 77, 32)})["prompt_embeds"]
+    expected = TextEncoders.load(pipelines["sd15"], "sd15").encode([""])["prompt_embeds"]
+    assert torch.equal(found, expected.expand(2, -1, -1))
 
 
 def test_values_beyond_the_dtype_are_left_out(pipelines, images, tmp_path, monkeypatch):
