@@ -96,20 +96,25 @@ def test_batches_equal_reading_by_hand(tmp_path: Path, name: str, dtype: torch.d
 
 
 @NEEDS_DALI
-def test_dali_equals_plain_bit_for_bit(tmp_path: Path) -> None:
-    write_folder(tmp_path, [random_sample(index) for index in range(9)])
-    streams = [
-        iter(make_loader(Settings(str(tmp_path), name, "latents"), seed=1, micro_batch_size=4))
+@pytest.mark.parametrize(("size", "dtype"), [(4, torch.float16), (1, torch.float32)])
+def test_dali_equals_plain_bit_for_bit(tmp_path: Path, size: int, dtype: torch.dtype) -> None:
+    """Also one sample alone, behind a field of three bytes: nothing to convert or to gather, and not aligned."""
+    odd = {"a": torch.tensor([1, 2, 3], dtype=torch.uint8)}
+    samples = by_hand(write_folder(tmp_path, [odd | random_sample(index, dtype) for index in range(9)]))
+    loaders = [
+        make_loader(Settings(str(tmp_path), name, "latents"), seed=1, micro_batch_size=size)
         for name in ("dali", "plain")
     ]
-    kept = []
-    for _ in range(5):
-        (dali,), (plain,) = (next(stream) for stream in streams)
-        kept.append((dali, plain))
-    for dali, plain in kept:  # only now: a batch must not be DALI's own buffer, which later batches overwrite
+    kept = [pair for pair, _ in zip(zip(*loaders, strict=True), range(6), strict=False)]
+    for iteration, ((dali,), (plain,)) in enumerate(kept):  # only now: later batches overwrite DALI's own buffer
+        first = samples[int(oracle_indices([iteration * size], 9, 1)[0])]
+        assert torch.equal(plain.x0[0], first["latents"].float()) and torch.equal(plain.extra["a"][0], first["a"])
         assert torch.equal(dali.x0, plain.x0) and torch.equal(dali.sample_ids, plain.sample_ids)
+        assert set(dali.condition) == set(plain.condition) and len(plain.condition) == 3
         for field in plain.condition:
             assert torch.equal(dali.condition[field], plain.condition[field])
+    for loader in loaders:
+        loader.close()
 
 
 @pytest.mark.parametrize("name", BOTH)

@@ -47,9 +47,8 @@ class Batch:
             return value.to(device=device, dtype=target, non_blocking=True)
 
         x0 = None if self.x0 is None else move(self.x0)
-        condition, extra = (
-            {name: move(value) for name, value in part.items()} for part in (self.condition, self.extra)
-        )
+        condition = {name: move(value) for name, value in self.condition.items()}
+        extra = {name: move(value) for name, value in self.extra.items()}
         return Batch(x0, condition, self.sample_ids.to(device, non_blocking=True), self.shape, extra)
 
     def split(self, size: int) -> list[Batch]:
@@ -58,7 +57,6 @@ class Batch:
 
     def _rows(self, rows: slice) -> Batch:
         x0 = None if self.x0 is None else self.x0[rows]
-        condition, extra = (
-            {name: value[rows] for name, value in part.items()} for part in (self.condition, self.extra)
-        )
+        condition = {name: value[rows] for name, value in self.condition.items()}
+        extra = {name: value[rows] for name, value in self.extra.items()}
         return Batch(x0, condition, self.sample_ids[rows], self.shape, extra)
