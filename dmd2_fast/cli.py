@@ -135,6 +135,18 @@ def _sample(arguments: argparse.Namespace) -> None:
     print(arguments.out)
 
 
+def _pairs(arguments: argparse.Namespace) -> None:
+    from dmd2_fast.config import load_config
+
+    config = load_config(arguments.config, arguments.set)
+    from dmd2_fast.pairs import PairsOptions, make_pairs, pairs_summary
+
+    options = PairsOptions(
+        arguments.num, arguments.steps, arguments.guidance, arguments.batch_size, arguments.dtype
+    )  # fmt: skip
+    print(pairs_summary(make_pairs(config, options)))
+
+
 def _export(arguments: argparse.Namespace) -> None:
     run = _finished_run(arguments)
     from dmd2_fast.export_folder import export_run
@@ -237,6 +249,15 @@ def _add_folder_argument(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--run", metavar="FOLDER", help="the same")
 
 
+def _add_pairs_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config_arguments(parser)
+    parser.add_argument("--num", type=_at_least(1), required=True, help="how many pairs")
+    parser.add_argument("--steps", type=_at_least(1), default=50, help="steps of the teacher's sampler (default: 50)")
+    parser.add_argument("--guidance", type=float, metavar="SCALE", help="default: teacher.guidance_scale")
+    parser.add_argument("--batch-size", type=_at_least(1), help="sampled together (default: 4 of text, 500 of classes)")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the teacher (default: bfloat16 for text on a GPU)")
+
+
 def _add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     _add_folder_argument(parser, "folder of a finished run, such as runs/digits, or of an export")
     parser.add_argument("--num", type=_at_least(1), help="how many samples (default: one a prompt, 64 of classes)")
@@ -311,6 +332,14 @@ def build_parser() -> argparse.ArgumentParser:
             _sample,
             "draw samples from the generator of a run or an export",
             "sample runs/sdxl --prompt cats --num 4 --seed 1 --out cats.png",
+        )
+    )
+    _add_pairs_arguments(
+        command(
+            "pairs",
+            _pairs,
+            "make a teacher's noise-image pairs, for the regression loss",
+            "pairs --config ds_digits.json --set regression.path=data/digits-pairs --num 10000 --steps 18",
         )
     )
     _add_export_arguments(

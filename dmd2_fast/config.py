@@ -26,6 +26,7 @@ from dmd2_fast.config_schema import (
     ModelConfig,
     OptimizerConfig,
     R1Config,
+    RegressionConfig,
     RunConfig,
     Section,
     TeacherConfig,
@@ -46,6 +47,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "R1Config",
+    "RegressionConfig",
     "RunConfig",
     "TeacherConfig",
     "TeacherTrainingConfig",
@@ -237,6 +239,11 @@ COMBINATIONS: tuple[Combination, ...] = (
         ("adversarial.t_range",),
         lambda c: _not_decreasing(c.adversarial.t_range[::-1]),
         "the range is empty: expected [low, high] with low < high",
+    ),
+    Combination(
+        ("regression.weight", "regression.warmup_iterations", "regression.path"),
+        lambda c: c.regression.is_on and c.regression.path is None,
+        "regression has no pairs to learn from: name the folder that `dmd2-fast pairs` writes as regression.path",
     ),
     Combination(
         ("run.sample_prompts", "model.kind"),

@@ -171,6 +171,25 @@ class DistributionMatchingConfig:
 
 
 @dataclass(frozen=True)
+class RegressionConfig:
+    """The distance of the generator's samples from a teacher's own of the same noise (DMD; one-step SDXL's warm-up)."""
+
+    weight: NonNegative = 0.0
+    """Weight in the generator's loss beside the others, after the warm-up, >= 0; 0 for none."""
+    path: str | None = None
+    """Folder of the teacher's noise-image pairs, which `dmd2-fast pairs` writes, or null for no regression."""
+    warmup_iterations: CountOrZero = 0
+    """First iterations, in which the generator learns from the pairs alone and nothing else is updated, >= 0."""
+    loss: Literal["mse", "lpips"] = "mse"
+    """Mean squared error (of latents, for sd15 and sdxl), or LPIPS of images, with the package lpips."""
+
+    @property
+    def is_on(self) -> bool:
+        """Whether any iteration reads pairs."""
+        return self.weight > 0 or self.warmup_iterations > 0
+
+
+@dataclass(frozen=True)
 class R1Config:
     """The gradient penalty of the GAN head on noised real samples."""
 
@@ -268,6 +287,8 @@ class Section:
     """The DMD gradient."""
     adversarial: AdversarialConfig = AdversarialConfig()
     """The diffusion GAN."""
+    regression: RegressionConfig = RegressionConfig()
+    """The distance from the teacher's samples of the same noise."""
     passes: Literal["independent", "shared"] = "independent"
     """The GAN's own noise level and noise (the paper), or its logits at the draws of the DMD and denoising losses, from
     passes that run anyway: another estimator of the same expectation, and fewer forwards."""

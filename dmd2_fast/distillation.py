@@ -20,6 +20,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .data.batch import Batch
@@ -33,6 +34,9 @@ from .ops.r1 import r1_penalty, r1_perturb
 from .random import NoiseKey, Stream, philox_uniform
 from .rollout import generator_input
 from .schedules import Schedule
+
+Measure = Callable[[Tensor, Any], Tensor]
+"""(samples, targets), both (N, C, H, W) f32, to their mean distance."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,8 @@ class Algorithm:
     r1_std: float = 0.1
     """standard deviation of the R1 perturbation as a share of each noised sample's RMS"""
     r1_interval: int = 1
+    regression_weight: float = 0.0
+    """weight of the regression on a teacher's pairs, where they are given"""
     passes: str = "independent"
     """"independent": the GAN draws its own times and noise (paper); "shared": it reads the passes that run anyway"""
 
@@ -90,6 +96,7 @@ class Algorithm:
             r1_weight=adversarial.r1.weight,
             r1_std=adversarial.r1.std,
             r1_interval=adversarial.r1.interval,
+            regression_weight=config.regression.weight,
             passes=config.passes,
         )
 
@@ -177,19 +184,44 @@ def _steps(schedule: Schedule, values: tuple[float, ...], device: torch.device) 
     return schedule.steps(values, device)
 
 
-def generate(networks: Networks, algorithm: Algorithm, batch: Batch, key: NoiseKey, *, rollout=None) -> Tensor:
+def generate(
+    networks: Networks, algorithm: Algorithm, batch: Batch, key: NoiseKey, *, rollout=None, pairs: Batch | None = None
+) -> Tensor:
     """The generator's sample x (N, *) f32 for this step, with a graph if gradients are on.
 
     `rollout` is the generator as the chain without gradient calls it (an engine's bare module; default: itself).
+    `pairs`: a teacher's, whose noise goes through the same forward; their samples are the last rows.
     """
     steps, shape = _steps(networks.schedule, algorithm.steps, batch.sample_ids.device), batch.sample_shape
     x_in, t = generator_input(
         _Rollout(rollout or networks.generator, networks), steps, batch.condition, batch.sample_ids, shape, key,
         mode=algorithm.rollout_index,
     )  # fmt: skip
-    prediction, _ = networks.generator(x_in, t, batch.condition)  # a graph, where gradients are on
+    condition = batch.condition
+    if pairs is not None:
+        noise, first = _pair_input(networks, steps, pairs)
+        x_in, t = torch.cat([x_in, noise]), torch.cat([t, first])
+        condition = concat_conditions(condition, pairs.condition)
+    prediction, _ = networks.generator(x_in, t, condition)  # a graph, where gradients are on
     alpha, sigma = networks.schedule.coefficients(t)
     return predict_x0(x_in, prediction, alpha, sigma, prediction_type=networks.prediction_type)
+
+
+def _pair_input(networks: Networks, steps: Tensor, pairs: Batch) -> tuple[Tensor, Tensor]:
+    """The generator's input for pairs, at its first step: (x_t (N, *), t (N,))."""
+    return pairs.extra["noise"] * networks.schedule.init_sigma(steps[:1]), steps[:1].expand(len(pairs))
+
+
+def warmup_loss(
+    networks: Networks, algorithm: Algorithm, pairs: Batch, measure: Measure = F.mse_loss
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(loss, metrics) of the generator on a teacher's pairs alone: G(noise) at its first step against x0."""
+    steps = _steps(networks.schedule, algorithm.steps, pairs.sample_ids.device)
+    x_t, t = _pair_input(networks, steps, pairs)
+    prediction, _ = networks.generator(x_t, t, pairs.condition)
+    alpha, sigma = networks.schedule.coefficients(t)
+    loss = measure(predict_x0(x_t, prediction, alpha, sigma, prediction_type=networks.prediction_type), pairs.x0)
+    return loss, {"generator/regression": loss.detach(), "generator/loss": loss.detach()}
 
 
 class _Rollout:
@@ -233,10 +265,21 @@ def _detached(part: _Noised, condition: Condition | None = None) -> _Noised:
 
 
 def generator_loss(
-    networks: Networks, algorithm: Algorithm, batch: Batch, key: NoiseKey, *, rollout=None
+    networks: Networks,
+    algorithm: Algorithm,
+    batch: Batch,
+    key: NoiseKey,
+    *,
+    rollout=None,
+    pairs: Batch | None = None,
+    measure: Measure = F.mse_loss,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """(loss, x detached (N, *), metrics). Only the generator may require gradients: freeze the other two around it."""
-    x = generate(networks, algorithm, batch, key, rollout=rollout)
+    """(loss, x detached (N, *), metrics). Only the generator may require gradients: freeze the other two around it.
+
+    `pairs`: a teacher's, for the regression loss by `measure` (regression.py).
+    """
+    x = generate(networks, algorithm, batch, key, rollout=rollout, pairs=pairs)
+    x, paired = x[: len(batch)], x[len(batch) :]
     dmd = _noise(networks, x, batch, key, Stream.DMD_TIME, algorithm.dmd_t_range)
     adversarial = algorithm.adversarial and algorithm.generator_weight > 0
     gan = None
@@ -264,6 +307,10 @@ def generator_loss(
         loss_gan = gan_generator_loss(logits)
         loss = loss + algorithm.generator_weight * loss_gan
         metrics["generator/gan"] = loss_gan
+    if pairs is not None:
+        loss_regression = measure(paired, pairs.x0)
+        loss = loss + algorithm.regression_weight * loss_regression
+        metrics["generator/regression"] = loss_regression
     metrics["generator/loss"] = loss
     return loss, x.detach(), {name: value.detach() for name, value in metrics.items()}
 

@@ -121,6 +121,11 @@ class Engines:
             yield self._networks(self.generator, fake_score, teacher), rollout
 
     @contextlib.contextmanager
+    def for_regression(self) -> Iterator[Networks]:
+        """Networks for the generator's loss on pairs alone; run backward inside, too."""
+        yield self._networks(self.generator, None, None)
+
+    @contextlib.contextmanager
     def for_samples(self) -> Iterator[Networks]:
         """Networks for the generator's samples without gradient."""
         with self.bare(self.generator) as generator:

@@ -73,6 +73,11 @@ class LoRAEngines(Engines):
             yield networks, self.generator.module
 
     @contextlib.contextmanager
+    def for_regression(self) -> Iterator[Networks]:
+        with self._gathered():
+            yield self._networks(self.generator, None, None)
+
+    @contextlib.contextmanager
     def for_samples(self) -> Iterator[Networks]:
         with self._gathered():
             yield self._networks(self.generator.module, self.fake_score, None)

@@ -128,6 +128,10 @@ class LatentCodec:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """(N, C, h, w) to (N, 3, h f, w f) f32, about in [-1, 1], not clamped."""
+        return self.decode_with_gradient(latents)
+
+    def decode_with_gradient(self, latents: Tensor) -> Tensor:
+        """`decode`, differentiable."""
         values = latents.float() * self._std.to(latents.device) / self._scale + self._shift.to(latents.device)
         return self.vae.decode(values.to(self.vae.dtype)).sample.float()
 

@@ -6,15 +6,16 @@ the meta device, and its file is asked for names and shapes. Large data are only
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 from .config import Config
 from .data.dataset import Dataset, ImageDataset, open_dataset
-from .data.latents import LATENTS, Description, LatentDataset, read_description
+from .data.latents import LATENTS, NOISE, Description, LatentDataset, read_description
 from .data.loader import choose_loader
 from .data.shards import file_size, find_shards
 from .denoiser import Denoiser
-from .errors import ConfigError
+from .errors import ConfigError, DataError
 from .networks import build_without_weights, check_shapes, tensor_shapes
 from .networks.lora import check_targets
 from .networks.source import open_source, open_start
@@ -30,6 +31,7 @@ def check_inputs(config: Config) -> None:
     check_teacher(config, teacher)
     choose_loader(config.data.loader)
     check_previews(config)
+    check_regression(config, teacher)
     for split in ("train", "test"):
         if split == "test" and not any(Path(config.data.path).glob("test-*.tar")):
             continue  # such a run is not evaluated
@@ -68,6 +70,40 @@ def check_previews(config: Config) -> None:
             f"run.sample_interval is {run.sample_interval}, but {model.path} has no {', '.join(missing)}, which grids "
             "of samples take: name a whole pipeline, or set run.sample_interval 0."
         )
+
+
+def check_regression(config: Config, teacher: Denoiser) -> None:
+    """Refuse a regression loss whose pairs are not there or do not fit, or whose distance is not installed."""
+    folder = config.regression.path
+    if not config.regression.is_on or folder is None:
+        return
+    check_lpips(config)
+    try:
+        find_shards(Path(folder), "train")
+        description = read_description(folder)
+        check_latents(config, teacher, description)
+    except (ConfigError, DataError) as error:
+        message = str(error).replace("data.path", "regression.path").replace(config.data.path, folder)
+        raise ConfigError(f"{message} (`dmd2-fast pairs` makes the teacher's pairs.)") from None
+    if not {NOISE, LATENTS} <= description.shapes.keys():
+        raise ConfigError(
+            f"regression.path: {folder} holds {', '.join(sorted(description.shapes))}, expected noise and latents: "
+            "make it with `dmd2-fast pairs`."
+        )
+
+
+def check_lpips(config: Config) -> None:
+    """Refuse `regression.loss: "lpips"` where the package is not installed, or latents have no VAE to decode them."""
+    if config.regression.loss != "lpips":
+        return
+    if importlib.util.find_spec("lpips") is None:
+        raise ConfigError(
+            'regression.loss is "lpips", and the package is not installed: `pip install lpips torchvision`, or set '
+            'regression.loss "mse".'
+        )
+    path = Path(config.model.path)
+    if config.model.kind != "unet2d" and path.is_dir() and not (path / "vae" / "config.json").is_file():
+        raise ConfigError(f'regression.loss is "lpips" of decoded images, but {path} has no vae/: set it "mse".')
 
 
 def check_data(config: Config, teacher: Denoiser, split: str, dataset: Dataset) -> None:

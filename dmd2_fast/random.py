@@ -47,6 +47,7 @@ class Stream(IntEnum):
     R1 = 10
     ROLLOUT_INDEX = 11
     GENERATOR_INPUT = 12
+    PAIR_ORDER = 13
     ROLLOUT_STEP = 16
     """Rollout step i draws from ROLLOUT_STEP + i, up to 47."""
     USER = 64

@@ -28,7 +28,7 @@ from .data import make_loader
 from .data.batch import Batch
 from .data.latents import read_unconditional
 from .dispatch import backends
-from .distillation import Algorithm, FakeScore, fake_score_loss, generate, generator_loss
+from .distillation import Algorithm, FakeScore, fake_score_loss, generate, generator_loss, warmup_loss
 from .engine import Engines, ShardedEMA, full_state_dict, poison_if_not_finite, step_was_skipped
 from .engine_lora import LoRAEngines
 from .errors import UserError
@@ -51,6 +51,7 @@ from .ranks import (
     raise_together,
     world_size_from_environment,
 )
+from .regression import PairReader, make_measure
 from .rendezvous import adopt_slurm
 from .runs import RunFolder, inspect_run, open_run, write_atomic
 from .stopping import EXIT_STOPPED, StopRequested, StopSignals, watch_launchers
@@ -80,6 +81,8 @@ class Trainer:
             gradient_accumulation_steps=config.gradient_accumulation_steps,
         )  # fmt: skip
         check_data(config, self.denoiser, "train", self.loader.dataset)
+        self.pairs = PairReader(config, rank) if config.regression.is_on else None
+        self.measure = make_measure(config, rank.device)
         self.previews = make_previews(config, self.denoiser, rank, self.loader.dataset)
 
     def _build_networks(self) -> None:
@@ -148,6 +151,8 @@ class Trainer:
 
     def close(self) -> None:
         self.loader.close()
+        if self.pairs is not None:
+            self.pairs.close()
         if self.writer is not None:
             self.writer.close()
 
@@ -194,6 +199,10 @@ class Trainer:
     def step(self, micro_batches: list[Batch]) -> None:
         """One iteration: the generator's update when it is due, then the fake score's on the same samples."""
         key = NoiseKey(self.config.run.seed, step=self.iteration)
+        if self.iteration < self.config.regression.warmup_iterations:
+            with self.clock.part("generator"):
+                self._warm_up()
+            return
         if self.iteration % self.config.fake_score.ttur_ratio == 0:
             with self.clock.part("generator"):
                 samples = self._update_generator(micro_batches, key)
@@ -203,21 +212,45 @@ class Trainer:
         with self.clock.part("fake_score"):
             self._update_fake_score(micro_batches, samples, key)
 
+    def _warm_up(self) -> None:
+        """An update of the generator from the teacher's pairs alone."""
+        engine, algorithm = self.engines.generator, self.algorithm
+        assert self.pairs is not None  # the configuration's check has seen to it
+        self._set_rate(engine, self.config.generator)
+        with self.engines.for_regression() as networks:
+            for pairs in self.pairs(self.iteration):
+                loss, metrics = warmup_loss(networks, algorithm, pairs, self.measure)
+                engine.backward(poison_if_not_finite(loss))
+                self.metrics.add(metrics)
+                engine.step()
+        self._generator_moved()
+
     def _update_generator(self, micro_batches: list[Batch], key: NoiseKey) -> list[Tensor]:
         engine, samples = self.engines.generator, []
         self._set_rate(engine, self.config.generator)
         with self.engines.for_generator() as (networks, rollout):
-            for batch in micro_batches:
-                loss, x, metrics = generator_loss(networks, self.algorithm, batch, key, rollout=rollout)
+            for batch, pairs in zip(micro_batches, self._pairs(len(micro_batches)), strict=True):
+                loss, x, metrics = generator_loss(
+                    networks, self.algorithm, batch, key, rollout=rollout, pairs=pairs, measure=self.measure
+                )
                 engine.backward(poison_if_not_finite(loss))
                 self.metrics.add(metrics)
                 samples.append(x)
                 engine.step()
-        if self._count("generator", engine):
+        self._generator_moved()
+        return samples
+
+    def _pairs(self, num: int) -> Sequence[Batch | None]:
+        """The teacher's pairs beside each of this iteration's `num` micro-batches; None where they have no weight."""
+        if self.pairs is None or not self.algorithm.regression_weight:
+            return [None] * num
+        return self.pairs(self.iteration)
+
+    def _generator_moved(self) -> None:
+        if self._count("generator", self.engines.generator):
             self.generator_updates += 1
             if self.ema is not None:
                 self.ema.update()
-        return samples
 
     def _update_fake_score(self, micro_batches: list[Batch], samples: list[Tensor], key: NoiseKey) -> None:
         engine, algorithm = self.engines.fake_score, self.algorithm

@@ -76,13 +76,15 @@ def read_samples(config: Config) -> tuple[torch.Tensor, dict[str, torch.Tensor]]
     return fields.pop("latents"), fields
 
 
-def global_batch(x0: torch.Tensor, conditions: dict[str, torch.Tensor], size: int, iteration: int, seed: int) -> Batch:
+def global_batch(
+    x0: torch.Tensor, conditions: dict[str, torch.Tensor], size: int, iteration: int, seed: int, stream: int = 0
+) -> Batch:
     """Sample by sample from the definition: position p reads entry p mod n of the permutation of epoch p // n."""
     n, orders, indices = len(x0), {}, []
     for position in range(iteration * size, (iteration + 1) * size):
         epoch = position // n
         if epoch not in orders:
-            u = philox_uniform(torch.arange(n), (1,), NoiseKey(seed, step=epoch, stream=0))[:, 0].tolist()
+            u = philox_uniform(torch.arange(n), (1,), NoiseKey(seed, step=epoch, stream=stream))[:, 0].tolist()
             orders[epoch] = sorted(range(n), key=u.__getitem__)
         indices.append(orders[epoch][position % n])
     condition = {name: value[indices] for name, value in conditions.items()}
@@ -128,7 +130,22 @@ class _Updated:
         return norm
 
 
-def plain_run(config: Config, iterations: int, skip: set[tuple[str, int]] = frozenset(), trained=None) -> Trace:
+def regression_term(generator, config: Config, pairs, iteration: int) -> torch.Tensor:
+    """Mean squared error of G's sample of the pairs' noise, in a forward of its own, from what the teacher made of it.
+
+    `pairs`: (noise, samples, conditions) of all pairs, unit noise; an EDM generator predicts the sample itself.
+    """
+    noise, samples, conditions = pairs
+    batch = global_batch(noise, conditions, config.global_batch_size, iteration, config.run.seed, stream=13)
+    wanted = global_batch(samples, conditions, config.global_batch_size, iteration, config.run.seed, stream=13).x0
+    sigma = config.generator.steps[0]
+    prediction, _ = generator(sigma * batch.x0, torch.full((len(wanted),), sigma), batch.condition)
+    return (prediction - wanted).pow(2).mean()
+
+
+def plain_run(
+    config: Config, iterations: int, skip: set[tuple[str, int]] = frozenset(), trained=None, pairs=None
+) -> Trace:
     """Iterations on the global batch; `skip` holds the updates, (network, iteration), that are not taken.
 
     `trained`: the generator and the fake score's denoiser, where they are not copies of the teacher.
@@ -163,15 +180,29 @@ def plain_run(config: Config, iterations: int, skip: set[tuple[str, int]] = froz
                 record[f"{name}/grad_norm"] = norm
                 trace.updates[name].append(i)
 
-        if i % config.fake_score.ttur_ratio == 0:
-            fake_score.requires_grad_(False)
-            loss, x, metrics = generator_loss(networks, algorithm, batch, key)
-            record |= {name: float(value) for name, value in metrics.items()}
-            step("generator", loss)
-            fake_score.requires_grad_(True)
+        def move_average(i=i):
             if config.generator.ema is not None and ("generator", i) not in skip:
                 for name, value in generator.state_dict().items():
                     average[name] = config.generator.ema * average[name] + (1 - config.generator.ema) * value
+
+        if i < config.regression.warmup_iterations:
+            loss = regression_term(generator, config, pairs, i)
+            record["generator/regression"] = loss.item()
+            step("generator", loss)
+            move_average()
+            trace.losses.append(record)
+            continue
+        if i % config.fake_score.ttur_ratio == 0:
+            fake_score.requires_grad_(False)
+            loss, x, metrics = generator_loss(networks, algorithm, batch, key)
+            if config.regression.weight:
+                term = regression_term(generator, config, pairs, i)
+                loss = loss + config.regression.weight * term
+                metrics |= {"generator/regression": term.detach(), "generator/loss": loss.detach()}
+            record |= {name: float(value) for name, value in metrics.items()}
+            step("generator", loss)
+            fake_score.requires_grad_(True)
+            move_average()
         else:
             with torch.no_grad():
                 x = generate(networks, algorithm, batch, key)

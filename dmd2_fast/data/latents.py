@@ -24,6 +24,8 @@ from dmd2_fast.errors import DataError
 DESCRIPTION = "dataset.json"
 UNCONDITIONAL = "unconditional.safetensors"
 LATENTS = "latents"
+NOISE = "noise"
+"""In a teacher's noise-image pairs: what the sampler started from."""
 CONDITIONS = ("prompt_embeds", "pooled_prompt_embeds", "time_ids", "class_labels")
 """Fields that networks are conditioned on. What is neither one of them nor the latents is in Batch.extra."""
 FIRST_READ = 1024  # holds the header of a few tensors: one read a sample

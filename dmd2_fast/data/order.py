@@ -14,9 +14,9 @@ from torch import Tensor
 from dmd2_fast.random import NoiseKey, Stream, philox_uniform
 
 
-def epoch_permutation(num_samples: int, seed: int, epoch: int) -> Tensor:
+def epoch_permutation(num_samples: int, seed: int, epoch: int, stream: int = Stream.DATA_ORDER) -> Tensor:
     """(num_samples,) int64: the order of one epoch, the stable argsort of one keyed uniform a sample."""
-    key = NoiseKey(seed, step=epoch, stream=Stream.DATA_ORDER)
+    key = NoiseKey(seed, step=epoch, stream=stream)
     uniforms = philox_uniform(torch.arange(num_samples, dtype=torch.int64), (1,), key)
     # Stable: f32 uniforms do collide (a few pairs in 10,000 samples), and ties must not depend on the sort used.
     return torch.argsort(uniforms.reshape(num_samples), stable=True)
@@ -34,6 +34,7 @@ class KeyedOrder:
         world_size: int = 1,
         micro_batch_size: int,
         gradient_accumulation_steps: int = 1,
+        stream: int = Stream.DATA_ORDER,
     ) -> None:
         for name, value in (
             ("num_samples", num_samples),
@@ -46,7 +47,7 @@ class KeyedOrder:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank is {rank}: expected 0 <= rank < world_size = {world_size}")
         self.num_samples = num_samples
-        self.seed = seed
+        self.seed, self.stream = seed, stream
         self.rank_batch_size = micro_batch_size * gradient_accumulation_steps
         self.global_batch_size = self.rank_batch_size * world_size
         self._first = rank * self.rank_batch_size
@@ -69,5 +70,5 @@ class KeyedOrder:
 
     def _permutation(self, epoch: int) -> Tensor:
         if epoch not in self._permutations:
-            self._permutations[epoch] = epoch_permutation(self.num_samples, self.seed, epoch)
+            self._permutations[epoch] = epoch_permutation(self.num_samples, self.seed, epoch, self.stream)
         return self._permutations[epoch]
