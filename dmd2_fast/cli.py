@@ -73,7 +73,8 @@ def _config(arguments: argparse.Namespace) -> None:
     if importlib.util.find_spec("deepspeed") is not None:
         from dmd2_fast.config_deepspeed import validate_with_deepspeed
 
-        validate_with_deepspeed(config.deepspeed, arguments.ranks)
+        with redirect_stdout(sys.stderr):  # importing DeepSpeed logs to what stdout is then
+            validate_with_deepspeed(config.deepspeed, arguments.ranks)
     print(json.dumps(config.to_dict(), indent=2))
 
 

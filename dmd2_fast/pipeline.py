@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -22,10 +21,10 @@ from torch import Tensor, nn
 
 from .denoiser import Condition
 from .errors import UserError
+from .networks.source import HUB_ID
 
 NAMES = {"sd15": ("",), "sdxl": ("", "_2")}
 """Endings of the folders tokenizer and text_encoder, by model.kind."""
-HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
 def time_ids(

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 SETTINGS_FILE = "denoiser.json"
 WEIGHTS = "diffusion_pytorch_model"
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 HUB_FILES = (
     "model_index.json", "scheduler/*.json", "unet/config.json", f"unet/{WEIGHTS}.safetensors",
     f"unet/{WEIGHTS}.safetensors.index.json", f"unet/{WEIGHTS}-*-of-*.safetensors",
