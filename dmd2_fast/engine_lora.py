@@ -11,6 +11,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from .config import Config
@@ -22,10 +23,7 @@ from .networks.lora import AdaptedDenoiser, SharedBase
 
 
 class LoRAEngines(Engines):
-    """Generator and fake score on `base`, which they share with the teacher.
-
-    The adapters are drawn by torch's generator: seed it alike on all ranks.
-    """
+    """Generator and fake score on `base`, which they share with the teacher; adapters drawn from the run's seed."""
 
     def __init__(self, config: Config, base: Denoiser, heads: GANHeads | None, levels: tuple[str, ...]):
         assert config.model.lora is not None
@@ -36,6 +34,7 @@ class LoRAEngines(Engines):
         self.base_parameters = dict(base.named_parameters())
         self.base = SharedBase(base, config.model.lora)
         self.teacher = make_engine(config, base.requires_grad_(False).eval(), None)
+        torch.manual_seed(config.run.seed)  # alike on all ranks
         self.base.inject(None if self.whole_base is None else self.whole_base.module)
         generator = AdaptedDenoiser(self.base, "generator")
         fake_score = FakeScore(AdaptedDenoiser(self.base, "fake_score"), heads, levels)

@@ -10,7 +10,7 @@ import pytest
 from dmd2_fast import config_deepspeed
 from dmd2_fast.config import COMBINATIONS, UNET2D_ARGUMENTS, Config, config_from_dict, load_config
 from dmd2_fast.config_deepspeed import REFUSED_KEYS, TOP_LEVEL_KEYS, ZERO_KEYS, resolve_batch
-from dmd2_fast.config_schema import Section
+from dmd2_fast.config_schema import LoRAConfig, Section
 from dmd2_fast.errors import ConfigError, UserError
 
 ROOT = Path(__file__).parents[1]
@@ -82,6 +82,7 @@ def test_published_recipes(name):
     assert config.adversarial.generator_weight == gan and config.generator.steps == steps
     assert config.adversarial.discriminator_weight == (1e-2 if gan else 0)
     assert config.distribution_matching.t_range == (0.02, 0.98)
+    assert config.model.lora == (LoRAConfig(rank=64, alpha=8) if "lora" in name else None)
 
 
 def test_defaults_are_the_paper_s_sdxl_recipe():
@@ -158,8 +159,10 @@ REFUSED = {
     "generator.ema=NaN": ("NaN",),
     "generator.ema=1e999": ("1e999",),
     # Not in this release, or not ours.
-    'model.lora={"rank": 0}': ("dmd2_fast.model.lora.rank", "1"),
-    'model.lora={"ranks": 4}': ("dmd2_fast.model.lora.ranks", "rank"),
+    "model.lora=64": ("dmd2_fast.model.lora", "object"),
+    'model.lora={"rnk": 64}': ("dmd2_fast.model.lora.rnk", '"rank"'),
+    'model.lora={"rank": 0}': ("dmd2_fast.model.lora.rank", ">= 1"),
+    'model.lora={"targets": []}': ("dmd2_fast.model.lora.targets", "empty"),
     "fp16.enabled=true": ("fp16", "bf16"),
     "zero_optimization.stage=2": ("zero_optimization.stage is 2", "stage 3"),
     "zero_optimization.stage=true": ("zero_optimization.stage",),

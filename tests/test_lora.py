@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -12,18 +11,18 @@ from lora_oracle import PlainLoRA, plain_lora_run, prepare_with_attention, start
 from one_rank import group_of_one, make_trainer
 from pipelines import make_pipeline
 from plain_loop import relative, worst_loss, write_config
+from safetensors.torch import load_file
 from test_text_unet import diffusers_arguments, text_condition
 
-from dmd2_fast.config import LoRAConfig, ModelConfig, load_config
+from dmd2_fast.config import LoRAConfig, ModelConfig
 from dmd2_fast.engine import full_state_dict
 from dmd2_fast.errors import ConfigError, UserError
+from dmd2_fast.export import load_generator, save_generator
 from dmd2_fast.networks import load_denoiser
 from dmd2_fast.networks.lora import (
     AdaptedDenoiser,
     SharedBase,
     _BoundCheckpoint,
-    adapter_metadata,
-    adapter_state_dict,
     check_targets,
     merge_adapter,
 )
@@ -123,36 +122,40 @@ def test_adapters_own_their_weights_alone(folder):
 
 
 @pytest.fixture(scope="module")
-def trained_adapter(folder):
-    """(the generator's output with its adapter, the adapter as it is exported), in f32."""
+def trained_adapter(folder, tmp_path_factory):
+    """(the generator's output with its adapter, the file it is exported to), in f32."""
     base, adapted = make(folder)
     base.denoiser.float()
+    path = tmp_path_factory.mktemp("export") / "generator.safetensors"
+    model = ModelConfig(str(folder), "sdxl", lora=LORA)
+    save_generator(path, weights(adapted["generator"]), base.denoiser, (999, 499), model=model)
     with torch.no_grad():
-        return adapted["generator"](*inputs())[0], adapter_state_dict(weights(adapted["generator"]))
+        return adapted["generator"](*inputs())[0], path
 
 
-def test_diffusers_loads_the_adapter(folder, trained_adapter):
-    from diffusers import UNet2DConditionModel
-    from safetensors.torch import load, save
+def test_diffusers_loads_the_exported_adapter(folder, trained_adapter):
+    from diffusers import StableDiffusionXLPipeline
 
-    expected, state = trained_adapter
-    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
-    metadata = {key: json.loads(value) for key, value in adapter_metadata(LORA).items()}["lora_adapter_metadata"]
-    unet.load_lora_adapter(load(save(state)), prefix="unet", metadata=metadata)
+    expected, path = trained_adapter
+    pipeline = StableDiffusionXLPipeline.from_pretrained(folder)
+    pipeline.load_lora_weights(path.parent, weight_name=path.name)
     x, t, condition = inputs()
     with torch.no_grad():
-        got = unet(x, t, **diffusers_arguments(condition)).sample
+        got = pipeline.unet(x, t, **diffusers_arguments(condition)).sample
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_merged_adapter(folder, trained_adapter):
-    expected, state = trained_adapter
-    denoiser = load_denoiser(ModelConfig(str(folder), "sdxl"))
-    merge_adapter(denoiser.network.unet, state, LORA, "file")
-    torch.testing.assert_close(denoiser(*inputs())[0], expected, rtol=1e-5, atol=1e-5)
+def test_exported_adapter_is_merged_into_its_base(folder, trained_adapter):
+    expected, path = trained_adapter
+    generator = load_generator(path)
+    assert generator.steps == (999, 499)
+    with torch.no_grad():
+        torch.testing.assert_close(generator.denoiser(*inputs())[0], expected, rtol=1e-5, atol=1e-5)
+    unet = load_denoiser(ModelConfig(str(folder), "sdxl")).network.unet
+    state = load_file(path)
     state.popitem()
     with pytest.raises(UserError, match=r"file does not fit the network: unet\.\S+ is missing"):
-        merge_adapter(denoiser.network.unet, state, LORA, "file")
+        merge_adapter(unet, state, LORA, "file")
 
 
 def test_unknown_target_is_refused(folder):
@@ -198,25 +201,19 @@ def test_one_rank_trains_as_plain_low_rank_layers(digits, monkeypatch, gather, f
 
 
 def test_adapters_start_on_the_teacher_and_alike(digits):
-    """B is zero, and A is drawn from the run's seed."""
+    """B is zero, so the generator is the teacher, and A is drawn from the run's seed."""
     with group_of_one() as rank:
-        first, second = (make_trainer(digits, f"start-{i}", rank, **SECTION) for i in range(2))
+        without_gan = {"adversarial": {"generator_weight": 0, "discriminator_weight": 0}}
+        first, second = (make_trainer(digits, f"start-{i}", rank, **{**SECTION, **without_gan}) for i in range(2))
         one, two = (full_state_dict(trainer.engines.generator) for trainer in (first, second))
         fake = full_state_dict(first.engines.fake_score)
+        x, t, condition = torch.randn(2, 1, 8, 8), torch.tensor([0.5, 3.0]), {"class_labels": torch.tensor([1, 2])}
+        with torch.no_grad(), first.engines.for_regression() as networks:
+            prediction = networks.generator(x, t, condition)[0]
+        assert torch.equal(prediction, load_denoiser(first.config.model)(x, t, condition)[0])
         for trainer in (first, second):
             trainer.close()
     assert all(torch.equal(two[name], value) for name, value in one.items())
     for name, value in one.items():
         assert bool(value.any()) == ("lora_A" in name) == bool(fake[f"denoiser.{name}"].any())
         assert "lora_B" in name or not torch.equal(value, fake[f"denoiser.{name}"])
-
-
-def test_config_refuses_what_adapters_cannot_do(digits):
-    write_config(digits, "refused", 1)
-    path = digits / "refused.json"
-    with pytest.raises(ConfigError, match=r"model\.lora.*run\.start_from.*adapters start on the teacher's weights"):
-        load_config(path, ["model.lora={}", "run.start_from=x"], 1)
-    with pytest.raises(ConfigError, match=r"model\.lora\.rank is 0"):
-        load_config(path, ['model.lora={"rank": 0}'], 1)
-    lora = load_config(path, ["model.lora={}"], 1).model.lora
-    assert lora == LoRAConfig(64, 8, ("to_q", "to_k", "to_v", "to_out.0"))

@@ -77,21 +77,22 @@ class SharedBase:
         """
         unet = self.denoiser.network.unet
         check_targets(unet, self.lora)
-        self._inject(unet)
+        shapes = [_whole_shape(layer) for layer in unet.modules() if _takes_adapter(layer)]
+        self._inject(unet, shapes)
         if copy is not None:
             twin = copy.network.unet
             with torch.random.fork_rng(devices=[]):
-                self._inject(twin)
+                self._inject(twin, shapes)
             for layer, original in zip(_layers(twin), _layers(unet), strict=True):
                 layer.lora_A, layer.lora_B = original.lora_A, original.lora_B
 
-    def _inject(self, unet: nn.Module) -> None:
+    def _inject(self, unet: nn.Module, shapes: list[torch.Size]) -> None:
         from peft import LoraConfig, inject_adapter_in_model
 
         config = LoraConfig(
             r=self.lora.rank, lora_alpha=self.lora.alpha, target_modules=list(self.lora.targets), lora_dropout=0.0
         )
-        with _shaped_weights(unet), warnings.catch_warnings():
+        with _shaped_weights(unet, shapes), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # the first adapter's
             for adapter in ADAPTERS:
                 inject_adapter_in_model(config, unet, adapter_name=adapter)
@@ -127,19 +128,26 @@ class SharedBase:
             return self.module(x_t, t, condition, **options)
 
 
+def _whole_shape(layer: nn.Module) -> torch.Size:
+    """The shape of a layer's weight, also where ZeRO-3 has left a placeholder in its place."""
+    weight = layer._parameters["weight"]
+    assert weight is not None
+    return getattr(weight, "ds_shape", weight.shape)
+
+
 @contextlib.contextmanager
-def _shaped_weights(unet: nn.Module) -> Iterator[None]:
-    """Weights of the right shape and of no size inside, for peft to look at: ZeRO-3's own are flat and empty."""
-    owners = [layer for layer in unet.modules() if _takes_adapter(layer)]
-    weights = [layer._parameters["weight"] for layer in owners]
+def _shaped_weights(unet: nn.Module, shapes: list[torch.Size]) -> Iterator[None]:
+    """Weights of these shapes and of no size inside, for peft to look at."""
+    layers = [layer for layer in unet.modules() if _takes_adapter(layer)]
+    weights = [layer._parameters["weight"] for layer in layers]
     try:
-        for layer, weight in zip(owners, weights, strict=True):
+        for layer, weight, shape in zip(layers, weights, shapes, strict=True):
             assert weight is not None
-            stub = torch.zeros((), dtype=weight.dtype).expand(getattr(weight, "ds_shape", weight.shape))
+            stub = torch.zeros((), dtype=weight.dtype).expand(shape)
             layer._parameters["weight"] = nn.Parameter(stub, requires_grad=False)
         yield
     finally:
-        for layer, weight in zip(owners, weights, strict=True):
+        for layer, weight in zip(layers, weights, strict=True):
             layer._parameters["weight"] = weight
 
 

@@ -9,7 +9,7 @@ from ranks import run_ranks
 
 from dmd2_fast.export import load_generator
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(400)
 GRADIENT, WEIGHTS, STEPS, LOSS = 1e-6, 1e-5, 1e-3, 1e-4
 SHARE = 0.55
 SHARDED = {"zero_optimization": {**ZERO, "reduce_bucket_size": 5000}}
@@ -33,7 +33,7 @@ def runs(tmp_path_factory):
     prepare_with_attention(folder)
     configs = {name: write_config(folder, name, 2, case.deepspeed, **section(name))[1] for name, case in CASES.items()}
     write_config(folder, "stopped", 2, CASES["network"].deepspeed, **section("network"))
-    ended = run_ranks(folder, "adapters", str(folder), '{"runs": ["module", "network"], "stops": [1]}')
+    ended = run_ranks(folder, "adapters", str(folder), '{"runs": ["module", "network"], "stops": [1]}', timeout=300)
     assert set(ended.codes) == {0}, "\n".join(text[-3000:] for text in ended.output)
     return folder, configs
 
