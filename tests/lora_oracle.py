@@ -75,7 +75,7 @@ def start_apart(monkeypatch=None) -> None:
         monkeypatch.setattr(SharedBase, "inject", inject_and_draw)
 
 
-def plain_lora_run(config: Config, iterations: int, start: dict[str, dict[str, torch.Tensor]]) -> Trace:
+def plain_lora_run(config: Config, iterations: int, start: dict[str, dict[str, torch.Tensor]], parts: int = 1) -> Trace:
     """`plain_run` with adapters that start as a run's did."""
     assert config.model.lora is not None
     trained = []
@@ -83,4 +83,4 @@ def plain_lora_run(config: Config, iterations: int, start: dict[str, dict[str, t
         weights = {name.removeprefix(prefix): v for name, v in start[network].items() if "lora_" in name}
         scale = config.model.lora.alpha / config.model.lora.rank
         trained.append(PlainLoRA(load_denoiser(config.model), weights, scale))
-    return plain_run(config, iterations, trained=trained)
+    return plain_run(config, iterations, trained=trained, parts=parts)

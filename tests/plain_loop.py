@@ -130,24 +130,40 @@ class _Updated:
         return norm
 
 
-def regression_term(generator, config: Config, pairs, iteration: int) -> torch.Tensor:
+def regression_term(generator, config: Config, pairs, iteration: int, parts: int = 1) -> torch.Tensor:
     """Mean squared error of G's sample of the pairs' noise, in a forward of its own, from what the teacher made of it.
 
-    `pairs`: (noise, samples, conditions) of all pairs, unit noise; an EDM generator predicts the sample itself.
+    `pairs`: (noise, samples, conditions) of all pairs, unit noise; an EDM generator predicts the sample itself, Stable
+    Diffusion's the noise.
     """
     noise, samples, conditions = pairs
     batch = global_batch(noise, conditions, config.global_batch_size, iteration, config.run.seed, stream=13)
     wanted = global_batch(samples, conditions, config.global_batch_size, iteration, config.run.seed, stream=13).x0
-    sigma = config.generator.steps[0]
-    prediction, _ = generator(sigma * batch.x0, torch.full((len(wanted),), sigma), batch.condition)
-    return (prediction - wanted).pow(2).mean()
+    terms = [
+        _distance(generator, config, part, target)
+        for part, target in zip(split(batch, parts), wanted.chunk(parts), strict=True)
+    ]
+    return sum(terms) / parts
+
+
+def _distance(generator, config: Config, batch: Batch, wanted: torch.Tensor) -> torch.Tensor:
+    first = config.generator.steps[0]
+    if config.model.kind == "unet2d":
+        prediction, _ = generator(first * batch.x0, torch.full((len(wanted),), first), batch.condition)
+        return (prediction - wanted).pow(2).mean()
+    prediction, _ = generator(batch.x0, torch.full((len(wanted),), int(first)), batch.condition)
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    abar = float((1 - betas).log().cumsum(0)[int(first)].exp())
+    x0 = (batch.x0 - math.sqrt(1 - abar) * prediction) / math.sqrt(abar)
+    return (x0 - wanted).pow(2).mean()
 
 
 def plain_run(
-    config: Config, iterations: int, skip: set[tuple[str, int]] = frozenset(), trained=None, pairs=None
+    config: Config, iterations: int, skip: set[tuple[str, int]] = frozenset(), trained=None, pairs=None, parts: int = 1
 ) -> Trace:
     """Iterations on the global batch; `skip` holds the updates, (network, iteration), that are not taken.
 
+    `parts`: each loss is the mean over so many parts of the batch: the same numbers, but for the order of additions.
     `trained`: the generator and the fake score's denoiser, where they are not copies of the teacher.
     """
     algorithm, trace = Algorithm.from_config(config), Trace()
@@ -186,7 +202,7 @@ def plain_run(
                     average[name] = config.generator.ema * average[name] + (1 - config.generator.ema) * value
 
         if i < config.regression.warmup_iterations:
-            loss = regression_term(generator, config, pairs, i)
+            loss = regression_term(generator, config, pairs, i, parts)
             record["generator/regression"] = loss.item()
             step("generator", loss)
             move_average()
@@ -194,9 +210,9 @@ def plain_run(
             continue
         if i % config.fake_score.ttur_ratio == 0:
             fake_score.requires_grad_(False)
-            loss, x, metrics = generator_loss(networks, algorithm, batch, key)
+            loss, x, metrics = _mean([generator_loss(networks, algorithm, part, key) for part in split(batch, parts)])
             if config.regression.weight:
-                term = regression_term(generator, config, pairs, i)
+                term = regression_term(generator, config, pairs, i, parts)
                 loss = loss + config.regression.weight * term
                 metrics |= {"generator/regression": term.detach(), "generator/loss": loss.detach()}
             record |= {name: float(value) for name, value in metrics.items()}
@@ -206,7 +222,8 @@ def plain_run(
         else:
             with torch.no_grad():
                 x = generate(networks, algorithm, batch, key)
-        loss, metrics = fake_score_loss(networks, algorithm, batch, x, key)
+        chunks = zip(split(batch, parts), x.chunk(parts), strict=True)
+        loss, metrics = _mean([fake_score_loss(networks, algorithm, part, chunk, key) for part, chunk in chunks])
         record |= {name: float(value) for name, value in metrics.items()}
         step("fake_score", loss)
         trace.losses.append(record)
@@ -214,6 +231,17 @@ def plain_run(
     if config.generator.ema is not None:
         trace.weights["ema"] = average
     return trace
+
+
+def split(batch: Batch, parts: int) -> list[Batch]:
+    return batch.split(len(batch) // parts)
+
+
+def _mean(results: list[tuple]) -> tuple:
+    """Of the parts of a batch: their mean loss, their samples one after another where there are any, mean metrics."""
+    losses, *samples, metrics = zip(*results, strict=True)
+    means = {name: sum(part[name] for part in metrics) / len(metrics) for name in metrics[0]}
+    return sum(losses) / len(losses), *[torch.cat(part) for part in samples], means
 
 
 def relative(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import sdxl
 import torch
 from adapters import adapters
 from cases import CASES
@@ -319,6 +320,8 @@ SCENARIOS = {
     "one_rank": one_rank,
     "nan": nan,
     "train": train,
+    "sdxl_runs": sdxl.runs,
+    "sdxl_command": sdxl.command,
 }
 
 

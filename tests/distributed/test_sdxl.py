@@ -1,0 +1,115 @@
+"""The published SDXL configurations on two ranks, from images and captions on, with nothing but sizes overridden.
+
+The pipeline is tiny, and real: diffusers' classes, CLIP text encoders, a tokenizer, a VAE (tests/pipelines.py).
+"""
+
+import json
+
+import pytest
+import torch
+from lora_oracle import plain_lora_run
+from pipelines import make_pipeline, write_images
+from plain_loop import plain_run, read_samples, relative, worst_loss
+from ranks import run_ranks
+from safetensors.torch import load_file, save_file
+from sdxl import ROOT, sizes
+
+from dmd2_fast.cli import main as command_line
+from dmd2_fast.config import load_config
+
+pytestmark = pytest.mark.timeout(600)
+CYCLES = 3
+ITERATIONS = 5 * CYCLES
+GRADIENT, LOSS, SHARE = 1e-6, 1e-4, 0.55
+ITERATIONS_OF_WARMUP = 2
+F32 = "bf16.enabled=false"
+CASES = {
+    "four-steps": ("ds_sdxl.json", ITERATIONS),
+    "one-step": ("configs/ds_sdxl_1step.json", ITERATIONS),
+    "lora": ("configs/ds_sdxl_lora.json", ITERATIONS),
+}
+
+
+def overrides(folder, name, *more):
+    if name == "one-step":
+        more += (f"regression.path={folder / 'pairs'}", f"regression.warmup_iterations={ITERATIONS_OF_WARMUP}")
+    return sizes(folder, name, CASES[name][1], F32, "run.sample_interval=0", *more)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A pipeline, and the data that `dmd2-fast prepare` makes of images and captions with its VAE and encoders."""
+    folder = tmp_path_factory.mktemp("sdxl")
+    make_pipeline(folder / "pipeline")
+    heed_prompts(folder / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
+    write_images(folder / "images", 11, size=(20, 24))
+    arguments = [word for override in sizes(folder, "none", 1) for word in ("--set", override)]
+    config = ["--config", str(ROOT / "ds_sdxl.json"), *arguments]
+    assert command_line(["prepare", *config, "--images", str(folder / "images")]) == 0
+    return folder
+
+
+def heed_prompts(path, factor=30.0):
+    """Scale what prompts go through. A random UNet hardly heeds them, and the DMD gradient at guidance 8, of networks
+    that are still copies, is then the difference of nearly equal numbers: mostly rounding."""
+    weights = load_file(path)
+    for name in weights:
+        if "add_embedding.linear_2.weight" in name or "attn2.to_out.0.weight" in name:
+            weights[name] *= factor
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+@pytest.fixture(scope="module")
+def pairs(folder):
+    """The teacher's noise-image pairs for the one-step generator's warm-up: (noise, samples, conditions)."""
+    config = ["--config", str(ROOT / "configs/ds_sdxl_1step.json")]
+    arguments = [word for override in overrides(folder, "one-step") for word in ("--set", override)]
+    assert command_line(["pairs", *config, *arguments, "--num", "9", "--steps", "3"]) == 0
+    config = load_config(ROOT / "ds_sdxl.json", [*sizes(folder, "none", 1), f"data.path={folder / 'pairs'}"])
+    samples, fields = read_samples(config)
+    return fields.pop("noise"), samples, fields
+
+
+@pytest.fixture(scope="module")
+def runs(folder, pairs):
+    options = {name: (file, overrides(folder, name)) for name, (file, _) in CASES.items()}
+    ended = run_ranks(folder, "sdxl_runs", str(folder), json.dumps(options), timeout=400)
+    assert set(ended.codes) == {0}, "\n".join(text[-3000:] for text in ended.output)
+    return {
+        name: [torch.load(folder / f"{name}-rank{rank}.pt", weights_only=False) for rank in (0, 1)] for name in CASES
+    }
+
+
+def plain(config, iterations, start, pairs, parts=1):
+    if start is not None:
+        return plain_lora_run(config, iterations, start, parts=parts)
+    return plain_run(config, iterations, pairs=pairs if config.regression.is_on else None, parts=parts)
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_equals_plain_pytorch(folder, pairs, runs, name):
+    """Gradients to 1e-6, or to what plain PyTorch differs by from itself when the same batch goes in four parts."""
+    file, iterations = CASES[name]
+    config, got = load_config(ROOT / file, overrides(folder, name), 2), runs[name][0]
+    start = got["start"] if config.model.lora is not None else None
+    expected = plain(config, iterations, start, pairs)
+    parts = plain(config, ITERATIONS_OF_WARMUP + 1, start, pairs, parts=4)
+    assert got["finished"] and got["losses"][-1]["iteration"] == iterations
+    assert len(expected.updates["fake_score"]) == iterations - ITERATIONS_OF_WARMUP * (name == "one-step")
+    for network, gradients in expected.gradients.items():
+        reordered = relative(parts.gradients[network], gradients)
+        found = relative(got["gradients"][network], gradients)
+        print(name, network, found, reordered)
+        assert reordered < 4 * GRADIENT and found < max(GRADIENT, reordered), network
+        assert relative(got["start"][network], expected.start[network]) == 0
+    assert worst_loss(got["losses"], expected.losses) < LOSS
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("name", list(CASES))
+def test_every_network_is_sharded_at_rest(runs, name, rank):
+    found = runs[name][rank]["at rest"]
+    assert {"generator", "fake_score", "teacher", "ema"} <= found.keys()
+    for part, (held, total) in found.items():
+        assert 0 < held <= SHARE * total, (part, held, total)
+        assert held + runs[name][1 - rank]["at rest"][part][0] >= total
