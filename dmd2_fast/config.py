@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from dmd2_fast.config_deepspeed import REFUSED_KEYS, TOP_LEVEL_KEYS, check_deepspeed, resolve_batch
+from dmd2_fast.config_deepspeed import REFUSED_KEYS, TOP_LEVEL_KEYS, check_deepspeed, is_bf16, resolve_batch
 from dmd2_fast.config_parse import SECTION, apply_overrides, field_names, parse, read_json_object, show, suggestion
 from dmd2_fast.config_schema import (
     AdversarialConfig,
@@ -106,9 +106,8 @@ BF16_SPACING = 2**-7
 
 
 def _rounded_away(config: Config) -> bool:
-    r1, keys = config.adversarial.r1, config.deepspeed
-    bf16 = any(keys.get(name, {}).get("enabled", False) for name in ("bf16", "bfloat16"))
-    return bf16 and r1.kind == "approximate" and r1.std < R1_SPACINGS * BF16_SPACING
+    r1 = config.adversarial.r1
+    return is_bf16(config.deepspeed) and r1.kind == "approximate" and r1.std < R1_SPACINGS * BF16_SPACING
 
 
 def _is_pipeline(config: Config) -> bool:
@@ -122,7 +121,7 @@ def _same_folder(config: Config) -> bool:
 
 def _leaves_by_module(config: Config) -> bool:
     leaves = config.deepspeed.get("zero_optimization", {}).get("leaf_module")
-    return bool(leaves) and config.run.gather == "module"
+    return bool(leaves) and config.run.gather != "network"
 
 
 _OFF = "adversarial.discriminator_weight is 0, so the GAN head is never trained"

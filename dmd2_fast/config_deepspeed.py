@@ -59,9 +59,8 @@ REFUSED_KEYS: dict[str, str] = {
 }
 """Keys that DeepSpeed knows and this program refuses, with the reason."""
 
+OFFLOAD_KEYS = ("offload_param", "offload_optimizer")
 REFUSED_ZERO_KEYS = (
-    "offload_param",
-    "offload_optimizer",
     "cpu_offload",
     "cpu_offload_param",
     "zero_quantized_weights",
@@ -165,9 +164,12 @@ def check_deepspeed(section: dict[str, Any], own_sections: Iterable[str] = ()) -
     for key in REFUSED_ZERO_KEYS:
         if key in zero and (zero[key] is True or zero[key] not in _OFF):
             raise ConfigError(
-                f"zero_optimization.{key} {show(zero[key])} is not supported by this release: the averaged weights and "
-                "the networks gathered for a pass are made from each rank's plain shards on its device."
+                f"zero_optimization.{key} {show(zero[key])} is not supported: the averaged weights and the networks "
+                "gathered for a pass are made from each rank's own plain shards. To offload, write "
+                '"offload_param" and "offload_optimizer".'
             )
+    for key in OFFLOAD_KEYS:
+        _check_offload(key, zero.get(key))
     stage = zero.get("stage", 0)
     if isinstance(stage, bool) or stage != 3:
         missing = "" if "stage" in zero else " (DeepSpeed's default)"
@@ -177,6 +179,52 @@ def check_deepspeed(section: dict[str, Any], own_sections: Iterable[str] = ()) -
         )
     for name in ("fp16", "bf16", "bfloat16", "torch_autocast"):
         _check_precision(name, section.get(name, {}))
+
+
+def _check_offload(key: str, value: Any) -> None:
+    """Raises ConfigError for a device that is none, or NVMe without a folder."""
+    where = f"zero_optimization.{key}"
+    if value is None:
+        return
+    if not isinstance(value, dict):
+        raise ConfigError(f'{where} is {show(value)}: expected an object such as {{"device": "cpu"}}.')
+    device = value.get("device")
+    if device not in (None, "none", "cpu", "nvme"):
+        raise ConfigError(f'{where}.device is {show(device)}: expected "cpu", "nvme" or "none".')
+    if device == "nvme" and not isinstance(value.get("nvme_path"), str):
+        raise ConfigError(
+            f"{where}.nvme_path is {show(value.get('nvme_path'))}: expected a folder on a local NVMe disk."
+        )
+    if key == "offload_optimizer" and value.get("ratio", 1.0) != 1.0:
+        raise ConfigError(
+            f"{where}.ratio is {show(value['ratio'])}: expected 1. Splitting the optimizer between devices takes two "
+            "optimizers, which DeepSpeed makes from its own Adam alone."
+        )
+
+
+def _check_async_io(zero: dict[str, Any]) -> None:
+    """Raises ConfigError where NVMe is asked for and DeepSpeed cannot reach it."""
+    keys = [key for key in OFFLOAD_KEYS if offloaded_to(zero, key) == "nvme"]
+    if not keys:
+        return
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible():
+        raise ConfigError(
+            f'zero_optimization.{keys[0]}.device is "nvme", which DeepSpeed reaches through libaio, and libaio or its '
+            'headers are missing: install libaio-dev (libaio-devel), or offload to "cpu".'
+        )
+
+
+def offloaded_to(zero: dict[str, Any], key: str) -> str | None:
+    """ "cpu", "nvme" or None: where an offload key of a checked `zero_optimization` puts things."""
+    device = (zero.get(key) or {}).get("device")
+    return None if device == "none" else device
+
+
+def is_bf16(section: dict[str, Any]) -> bool:
+    """Whether networks are kept in bf16."""
+    return any(section.get(name, {}).get("enabled", False) for name in ("bf16", "bfloat16"))
 
 
 def _check_precision(name: str, value: Any) -> None:
@@ -254,6 +302,7 @@ def validate_with_deepspeed(section: dict[str, Any], world_size: int = 1) -> Non
     from deepspeed.runtime.config import DeepSpeedConfig
 
     micro_batch_size, _ = resolve_batch(section, world_size)
+    _check_async_io(section.get("zero_optimization", {}))
     # DeepSpeed knows the number of ranks only once they are connected; the batch has been checked above.
     alone = {key: value for key, value in section.items() if key not in BATCH_KEYS}
     try:

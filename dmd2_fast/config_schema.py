@@ -262,9 +262,10 @@ class RunConfig:
     """Samples of the final evaluation, >= 4: the scores look at the third nearest neighbour."""
     progress: bool = True
     """Whether a progress bar is shown."""
-    gather: Literal["module", "network"] = "module"
+    gather: Literal["module", "rollout", "network"] = "module"
     """How passes that do not update a network get at its sharded weights: module by module through ZeRO-3's hooks
-    (least memory), or a whole network at once, without hooks (fast for small networks; holds whole copies then)."""
+    (least memory); the same, but for the generator's rollout, whose forwards share one copy gathered for them (one
+    network in 16 bits, gone before the trained forward); or each network whole, without hooks (fast for small ones)."""
 
 
 @dataclass(frozen=True)

@@ -9,112 +9,123 @@ reduces over all ranks anyway, makes every rank skip the step together without a
 from __future__ import annotations
 
 import contextlib
-import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from .config import Config, FakeScoreConfig, GeneratorConfig
+from .config_deepspeed import is_bf16, offloaded_to
 from .denoiser import Denoiser
 from .distillation import FakeScore, Networks
-from .optimization import make_optimizer
+from .optimization import make_optimizer, optimizer_name
+from .shards import Traces, WholeNetwork, copied_shard, masters, whole_on_cpu, write_shards
+
+Trained = GeneratorConfig | FakeScoreConfig
 
 
-def _engine_config(config: Config, gradient_clipping: float) -> dict:
+def engine_settings(config: Config, network: Trained | None) -> dict[str, Any]:
+    """DeepSpeed's configuration of the engine around the generator, the fake score or (None) the frozen teacher."""
     keys = {
         **config.deepspeed,
         "train_batch_size": config.global_batch_size,
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
-        "gradient_clipping": gradient_clipping,  # explicit: DeepSpeed's default clips at 1
+        # Explicit: DeepSpeed's default clips at 1.
+        "gradient_clipping": 0.0 if network is None else network.gradient_clipping,
+        "zero_optimization": _zero_settings(config, network),
     }
     keys.setdefault("steps_per_print", 10**9)
+    # torch's fused AdamW runs on the CPU as well; DeepSpeed's own would be compiled at the first start.
+    keys.setdefault("zero_force_ds_cpu_optimizer", False)
+    if is_bf16(config.deepspeed):
+        # DeepSpeed's default rounds the sums over ranks and over accumulated micro-batches to bf16.
+        keys["data_types"] = {"grad_accum_dtype": "fp32", **keys.get("data_types", {})}
+        keys.setdefault("communication_data_type", "fp32")
     return keys
 
 
-def make_engine(config: Config, model: nn.Module, network: GeneratorConfig | FakeScoreConfig | None) -> Any:
+def _zero_settings(config: Config, network: Trained | None) -> dict[str, Any]:
+    """`zero_optimization` for one of the engines: DeepSpeed clears an NVMe folder when an engine starts in it."""
+    zero, name = dict(config.deepspeed["zero_optimization"]), _name(network)
+    for key in ("offload_param", "offload_optimizer"):
+        if offloaded_to(zero, key) == "nvme":
+            zero[key] = {**zero[key], "nvme_path": str(Path(zero[key]["nvme_path"]) / name)}
+    if network is None:
+        zero.pop("offload_optimizer", None)
+    return zero
+
+
+def _name(network: Trained | None) -> str:
+    if network is None:
+        return "teacher"
+    return "generator" if isinstance(network, GeneratorConfig) else "fake_score"
+
+
+def make_engine(config: Config, model: nn.Module, network: Trained | None) -> Any:
     """DeepSpeed's engine of a model with its network's optimizer and clipping; None: frozen, without an optimizer."""
     import deepspeed
 
-    client = None if network is None else make_optimizer(model.parameters(), network.optimizer)
-    settings = _engine_config(config, 0.0 if network is None else network.gradient_clipping)
+    settings = engine_settings(config, network)
+    on_cpu = offloaded_to(settings["zero_optimization"], "offload_optimizer") is not None
+    client = None if network is None else make_optimizer(model.parameters(), network.optimizer, on_cpu=on_cpu)
     return deepspeed.initialize(model=model, optimizer=client, config=settings, dist_init_required=False)[0]
-
-
-class WholeNetwork:
-    """A network for passes that do not update it: hook-free, with all its weights gathered at once while in use.
-
-    ZeRO-3's hooks cost more than the arithmetic of a small network, and gather a large one anew for every forward. Here
-    one all-gather serves any number of forwards, and gradients reach the input as through any plain module.
-    """
-
-    def __init__(self, module: nn.Module):
-        self.module = copy.deepcopy(module).to("meta").requires_grad_(False).eval()
-        for ours, theirs in zip(self.module.modules(), module.modules(), strict=True):
-            if theirs._compiled_call_impl is not None:
-                ours.compile()  # which a copy leaves out
-        self.slots = [
-            (owner, leaf, f"{path}.{leaf}" if path else leaf)
-            for path, owner in self.module.named_modules()
-            for leaf in owner._parameters
-            if owner._parameters[leaf] is not None
-        ]
-        self.buffers = dict(module.named_buffers())
-        for path, owner in self.module.named_modules():
-            for leaf in owner._buffers:
-                owner._buffers[leaf] = self.buffers[f"{path}.{leaf}" if path else leaf]
-
-    @contextlib.contextmanager
-    def gathered(self, parameters: dict[str, nn.Parameter]) -> Iterator[nn.Module]:
-        """The module with the weights of a ZeRO-3 module's `parameters` inside. Collective."""
-        placeholders = [owner._parameters[leaf] for owner, leaf, _ in self.slots]
-        weights = gather_all([parameters[name] for _, _, name in self.slots])
-        try:
-            for (owner, leaf, _), weight in zip(self.slots, weights, strict=True):
-                owner._parameters[leaf] = weight
-            yield self.module
-        finally:
-            for (owner, leaf, _), placeholder in zip(self.slots, placeholders, strict=True):
-                owner._parameters[leaf] = placeholder
 
 
 class Engines:
     """The three engines, and the views of them that the losses take.
 
     `run.gather` says how passes that do not update a network (rollout, teacher, the fake score under the generator's
-    loss) get at its weights: "module", through ZeRO-3's hooks, or "network", as a `WholeNetwork`.
+    loss) get at its weights: "module", through ZeRO-3's hooks; "network", as a `WholeNetwork`; "rollout", the generator
+    as a `WholeNetwork` for its rollout alone, the others through hooks.
     """
+
+    generator: Any
+    fake_score: Any
+    teacher: Any
 
     def __init__(self, config: Config, generator: Denoiser, fake_score: FakeScore, teacher: Denoiser):
         self.schedule, self.prediction_type = teacher.schedule, teacher.prediction_type
         self.unconditional = teacher.unconditional
-        whole = config.run.gather == "network"
-        self.whole = {model: WholeNetwork(model) for model in (generator, fake_score, teacher)} if whole else {}
+        self.gather = config.run.gather
+        whole: dict[str, tuple[nn.Module, ...]] = {
+            "module": (), "rollout": (generator,), "network": (generator, fake_score, teacher),
+        }  # fmt: skip
+        self.whole = {model: WholeNetwork(model) for model in whole[self.gather]}
         self.generator = make_engine(config, generator, config.generator)
         self.fake_score = make_engine(config, fake_score, config.fake_score)
         self.teacher = make_engine(config, teacher.requires_grad_(False).eval(), None)
+        self.traces = {engine: Traces(engine) for engine in (self.generator, self.fake_score, self.teacher)}
+
+    @property
+    def optimizer_name(self) -> str:
+        """Which implementation of AdamW moves the weights."""
+        return optimizer_name(self.generator.optimizer.optimizer)
 
     @contextlib.contextmanager
-    def bare(self, engine: Any) -> Iterator[nn.Module]:
-        """An engine's module for passes that do not update it. Collective; the same on every rank."""
+    def bare(self, engine: Any, decode: bool = True) -> Iterator[nn.Module]:
+        """An engine's module for passes that do not update it; `decode` False: none of them has rows to decode.
+
+        Collective; the same on every rank.
+        """
         if engine.module not in self.whole:
-            yield engine.module
+            with self.traces[engine].of("decode" if decode else "encode"):
+                yield engine.module
             return
-        with self.whole[engine.module].gathered(dict(engine.module.named_parameters())) as module:
+        with self.whole[engine.module].gathered(dict(engine.module.named_parameters()), decode) as module:
             yield module
 
     @contextlib.contextmanager
-    def for_generator(self) -> Iterator[tuple[Networks, nn.Module]]:
+    def for_generator(self) -> Iterator[tuple[Networks, Callable[..., Any]]]:
         """(networks, the generator as its rollout calls it) for the generator's loss; run backward inside, too.
 
         The generator is an engine; the fake score is frozen, and gradients pass through it to its input.
         """
         with (
             frozen(self.fake_score.module),
-            self.bare(self.generator) as rollout,
+            self._rollout() as rollout,
             self.bare(self.fake_score) as fake_score,
             self.bare(self.teacher) as teacher,
         ):
@@ -126,6 +137,33 @@ class Engines:
         yield self._networks(self.generator, None, None)
 
     @contextlib.contextmanager
+    def _rollout(self) -> Iterator[Callable[..., Any]]:
+        """The generator for forwards without gradient between those that train it."""
+        engine = self.generator
+        if self.gather == "network":
+            with self.bare(engine) as module:
+                yield module
+            return
+        with contextlib.ExitStack() as held:
+            inside: list[nn.Module] = []
+
+            def rollout(*arguments: Any, **options: Any) -> Any:
+                if not inside:
+                    inside.append(held.enter_context(self.bare(engine)))
+                return inside[0](*arguments, **options)
+
+            def release(*_: Any) -> None:
+                inside.clear()
+                held.close()
+
+            # A trained forward ends the rollout: the copy is gone before activations come, and the trace is its own.
+            hook = engine.register_forward_pre_hook(release, prepend=True)
+            try:
+                yield rollout
+            finally:
+                hook.remove()
+
+    @contextlib.contextmanager
     def for_samples(self) -> Iterator[Networks]:
         """Networks for the generator's samples without gradient."""
         with self.bare(self.generator) as generator:
@@ -134,7 +172,8 @@ class Engines:
     @contextlib.contextmanager
     def for_fake_score(self, teacher_features: bool) -> Iterator[Networks]:
         """Networks for the fake score's loss: the fake score is an engine, the teacher gives features if asked to."""
-        with self.bare(self.teacher) if teacher_features else contextlib.nullcontext() as teacher:
+        features = self.bare(self.teacher, decode=False) if teacher_features else contextlib.nullcontext()
+        with features as teacher:
             yield self._networks(None, self.fake_score, teacher)
 
     def _networks(self, generator: Any, fake_score: Any, teacher: Any) -> Networks:
@@ -164,81 +203,49 @@ def step_was_skipped(engine: Any) -> bool:
     return bool(engine.optimizer.overflow)
 
 
-def shard(parameter: nn.Parameter) -> Tensor:
-    """This rank's part of a ZeRO-3 parameter, flat (padded on the last rank)."""
-    return parameter.ds_tensor
-
-
-def gather_all(parameters: list[nn.Parameter], shards: list[Tensor] | None = None) -> list[Tensor]:
-    """The whole tensors, in the parameters' shapes, from every rank's `shards` (default: the weights'). Collective."""
-    shards = [shard(parameter).detach() for parameter in parameters] if shards is None else shards
-    world_size = dist.get_world_size()
-    if world_size == 1:
-        wholes = shards
-    else:
-        mine = torch.cat([part.flatten() for part in shards])
-        ranks = torch.empty(world_size, mine.numel(), dtype=mine.dtype, device=mine.device)
-        dist.all_gather(list(ranks.unbind()), mine)
-        wholes = [part.flatten() for part in ranks.split([part.numel() for part in shards], dim=1)]
-    return [w[: p.ds_numel].view(p.ds_shape) for p, w in zip(parameters, wholes, strict=True)]
-
-
 class ShardedEMA:
-    """Exponential moving average of a ZeRO-3 module, f32, each rank keeping the average of its own shard."""
+    """Exponential moving average of a ZeRO-3 module, f32, each rank keeping the average of its own shard.
+
+    It lies where the optimizer keeps its f32 weights: with these on the CPU or on NVMe, in the CPU's memory.
+    """
 
     def __init__(self, engine: Any, decay: float):
         self.engine, self.decay = engine, decay
         self.parameters = dict(engine.module.named_parameters())
-        self.shards = {name: value.clone() for name, value in self._masters()}
+        self.names = {parameter: name for name, parameter in self.parameters.items()}
+        averages = {self.names[parameter]: master.clone() for parameter, master in self._masters()}
+        self.shards = {name: averages[name] for name in self.parameters}
 
-    def _masters(self) -> Iterator[tuple[str, Tensor]]:
-        """This rank's f32 master weights by name (the optimizer's, where weights are kept in bf16)."""
-        from deepspeed.utils import safe_get_local_fp32_param
-
-        for name, parameter in self.parameters.items():
-            master = safe_get_local_fp32_param(parameter)
-            yield name, (parameter.ds_tensor.float() if master is None else master).detach()
+    def _masters(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """This rank's f32 weights: the optimizer's where it has any."""
+        trained = set()
+        for parameter, master in masters(self.engine):
+            trained.add(parameter)
+            yield parameter, master
+        for parameter in self.parameters.values():
+            if parameter not in trained:
+                yield parameter, copied_shard(parameter).float()
 
     @torch.no_grad()
     def update(self) -> None:
-        masters = [master for _, master in self._masters()]
-        torch._foreach_lerp_(list(self.shards.values()), masters, 1 - self.decay)
+        for parameter, master in self._masters():
+            self.shards[self.names[parameter]].lerp_(master, 1 - self.decay)
 
     @contextlib.contextmanager
     def swapped_in(self) -> Iterator[None]:
         """The engine's module runs with the averaged weights inside. Collective."""
-        saved = {name: shard(parameter).clone() for name, parameter in self.parameters.items()}
+        saved = {name: copied_shard(parameter) for name, parameter in self.parameters.items()}
         try:
-            self._write(self.shards)
+            write_shards(self.parameters, self.shards)
             yield
         finally:
-            self._write(saved)
+            write_shards(self.parameters, saved)
 
-    @torch.no_grad()
-    def _write(self, shards: dict[str, Tensor]) -> None:
-        """Put these shards into the module."""
-        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-
-        for name, parameter in self.parameters.items():
-            shard(parameter).copy_(shards[name])
-        # DeepSpeed keeps small parameters gathered between passes (its persistence threshold): no forward fetches them.
-        whole = [p for p in self.parameters.values() if p.ds_status == ZeroParamStatus.AVAILABLE]
-        for parameter, value in zip(whole, gather_all(whole) if whole else [], strict=True):
-            parameter.data.copy_(value)
-
-    def full_state_dict(self) -> dict[str, Tensor]:
-        """The averaged weights, whole, f32, on the CPU. Collective."""
-        wholes = gather_all(list(self.parameters.values()), [self.shards[name] for name in self.parameters])
-        return {name: _own_copy(whole) for name, whole in zip(self.parameters, wholes, strict=True)}
+    def full_state_dict(self, keep: bool = True) -> dict[str, Tensor]:
+        """The averaged weights, whole, f32, on the CPU; {} where `keep` is false. Collective."""
+        return whole_on_cpu(self.parameters, self.shards, keep)
 
 
-def full_state_dict(engine: Any) -> dict[str, Tensor]:
-    """The engine's current weights, whole, f32, on the CPU. Collective."""
-    parameters = dict(engine.module.named_parameters())
-    wholes = gather_all(list(parameters.values()))
-    return {name: _own_copy(whole) for name, whole in zip(parameters, wholes, strict=True)}
-
-
-def _own_copy(whole: Tensor) -> Tensor:
-    """f32 on the CPU; never a view of weights that go on changing, as a single rank's shards are."""
-    return whole.to("cpu", torch.float32, copy=True)
+def full_state_dict(engine: Any, keep: bool = True) -> dict[str, Tensor]:
+    """The engine's current weights, whole, f32, on the CPU; {} where `keep` is false. Collective."""
+    return whole_on_cpu(dict(engine.module.named_parameters()), keep=keep)

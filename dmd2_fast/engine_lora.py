@@ -8,7 +8,7 @@ base through its bare module. `run.gather: network` gathers the base once for al
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,9 +17,10 @@ from torch import nn
 from .config import Config
 from .denoiser import Denoiser
 from .distillation import FakeScore, Networks
-from .engine import Engines, WholeNetwork, frozen, make_engine
+from .engine import Engines, frozen, make_engine
 from .heads import GANHeads
 from .networks.lora import AdaptedDenoiser, SharedBase
+from .shards import Traces, WholeNetwork
 
 
 class LoRAEngines(Engines):
@@ -29,8 +30,9 @@ class LoRAEngines(Engines):
         assert config.model.lora is not None
         self.schedule, self.prediction_type = base.schedule, base.prediction_type
         self.unconditional = base.unconditional
+        self.gather = config.run.gather
         self.whole = {}  # no network of its own is gathered: the base is
-        self.whole_base = WholeNetwork(base) if config.run.gather == "network" else None
+        self.whole_base = None if self.gather == "module" else WholeNetwork(base)
         self.base_parameters = dict(base.named_parameters())
         self.base = SharedBase(base, config.model.lora)
         self.teacher = make_engine(config, base.requires_grad_(False).eval(), None)
@@ -40,48 +42,55 @@ class LoRAEngines(Engines):
         fake_score = FakeScore(AdaptedDenoiser(self.base, "fake_score"), heads, levels)
         self.generator = make_engine(config, generator, config.generator)
         self.fake_score = make_engine(config, fake_score, config.fake_score)
+        self.traces = {engine: Traces(engine) for engine in (self.generator, self.fake_score, self.teacher)}
 
     @contextlib.contextmanager
-    def _gathered(self) -> Iterator[None]:
-        """The base as `run.gather` wants it for the passes inside, and their backward. Collective."""
-        if self.whole_base is None:
-            yield
-            # What only a backward through the base took up has no step of the base's engine that would let it go.
-            self.teacher.optimizer.release_backward_leftovers()
-            return
-        with self.whole_base.gathered(self.base_parameters) as module:
-            self.base.module = module
-            try:
+    def _passes(self, kind: str, whole: bool) -> Iterator[None]:
+        """Passes of one kind through the base, and their backward: with its weights gathered whole, or by hooks.
+
+        Collective.
+        """
+        if not whole:
+            with self.traces[self.teacher].of(kind):
                 yield
-            finally:
-                self.base.module = self.base.denoiser
+        elif self.base.module is not self.base.denoiser:  # gathered already, around these passes
+            yield
+        else:
+            assert self.whole_base is not None
+            with self.whole_base.gathered(self.base_parameters) as module:
+                self.base.module = module
+                try:
+                    yield
+                finally:
+                    self.base.module = self.base.denoiser
 
     def teacher_network(self, *arguments: Any, **options: Any) -> Any:
         """The base without an adapter."""
         return self.base(None, *arguments, **options)
 
     @contextlib.contextmanager
-    def bare(self, engine: Any) -> Iterator[nn.Module]:
-        with self._gathered():
+    def bare(self, engine: Any, decode: bool = True) -> Iterator[nn.Module]:
+        kind = "decode" if decode else "encode"
+        own = contextlib.nullcontext() if engine is self.teacher else self.traces[engine].of(kind)
+        with self._passes(kind, self.gather != "module"), own:
             yield engine.module
 
     @contextlib.contextmanager
-    def for_generator(self) -> Iterator[tuple[Networks, nn.Module]]:
-        with frozen(self.fake_score.module), self._gathered():
-            networks = self._networks(self.generator, self.fake_score.module, self.teacher_network)
-            yield networks, self.generator.module
+    def for_generator(self) -> Iterator[tuple[Networks, Callable[..., Any]]]:
+        with (
+            frozen(self.fake_score.module),
+            self._passes("generator", self.gather == "network"),
+            self.traces[self.fake_score].of("decode"),
+            self._rollout() as rollout,
+        ):
+            yield self._networks(self.generator, self.fake_score.module, self.teacher_network), rollout
 
     @contextlib.contextmanager
     def for_regression(self) -> Iterator[Networks]:
-        with self._gathered():
+        with self._passes("generator", self.gather == "network"):
             yield self._networks(self.generator, None, None)
 
     @contextlib.contextmanager
-    def for_samples(self) -> Iterator[Networks]:
-        with self._gathered():
-            yield self._networks(self.generator.module, self.fake_score, None)
-
-    @contextlib.contextmanager
     def for_fake_score(self, teacher_features: bool) -> Iterator[Networks]:
-        with self._gathered():
+        with self._passes("fake_score", self.gather == "network"):
             yield self._networks(None, self.fake_score, self.teacher_network if teacher_features else None)

@@ -147,6 +147,16 @@ def read_metadata(path: Path) -> dict[str, Any]:
     return metadata
 
 
+def save_fake_score(path: str | os.PathLike, state: dict[str, Tensor]) -> None:
+    """Write the UNet's weights of a `FakeScore`'s state, without the GAN head, atomically."""
+    from safetensors.torch import save_file
+
+    start = "denoiser." + PREFIX
+    weights = {name.removeprefix(start): value for name, value in state.items() if name.startswith(start)}
+    with replacing(path) as temporary:
+        save_file({name: value.float().contiguous() for name, value in weights.items()}, temporary)
+
+
 def load_generator(
     path: str | os.PathLike, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> FewStepGenerator:

@@ -10,16 +10,55 @@ import torch
 from .config import LRSchedulerConfig, OptimizerConfig
 
 
-def make_optimizer(parameters: Any, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """torch's fused AdamW: one kernel for all parameters, on CPU and GPU."""
-    return torch.optim.AdamW(
-        parameters,
-        lr=config.lr,
-        betas=tuple(config.betas),
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+def make_optimizer(parameters: Any, config: OptimizerConfig, on_cpu: bool | None = None) -> torch.optim.Optimizer:
+    """AdamW, decoupled weight decay, in one kernel for all parameters: apex's, DeepSpeed's or torch's fused one.
+
+    On the CPU (`on_cpu`; None: where the parameters are) torch's, which needs no compiler. On CUDA apex's where it is
+    installed, else DeepSpeed's where it was built when DeepSpeed was installed (it would be compiled here otherwise),
+    else torch's. All compute the same.
+    """
+    parameters = list(parameters)
+    if on_cpu is None or not on_cpu:
+        on_cpu = not all(map(_is_cuda, parameters))
+    options = {
+        "lr": config.lr,
+        "betas": tuple(config.betas),
+        "eps": config.eps,
+        "weight_decay": config.weight_decay,
+    }
+    fused = None if on_cpu else _apex_adam() or _deepspeed_adam()
+    if fused is not None:
+        return fused(parameters, adam_w_mode=True, **options)
+    return torch.optim.AdamW(parameters, fused=True, **options)
+
+
+def _is_cuda(parameter: torch.nn.Parameter) -> bool:
+    return parameter.device.type == "cuda"
+
+
+def _apex_adam() -> Any:
+    """apex's FusedAdam, or None where apex or its compiled part is missing."""
+    try:
+        import amp_C  # noqa: F401
+        from apex.optimizers import FusedAdam
+    except ImportError:
+        return None
+    return FusedAdam
+
+
+def _deepspeed_adam() -> Any:
+    """DeepSpeed's FusedAdam, or None where it would have to be compiled now."""
+    try:
+        from deepspeed.git_version_info import installed_ops
+        from deepspeed.ops.adam import FusedAdam
+    except ImportError:
+        return None
+    return FusedAdam if installed_ops.get("fused_adam") else None
+
+
+def optimizer_name(optimizer: Any) -> str:
+    """Where an optimizer comes from, as the start-up line says it: "AdamW by torch"."""
+    return f"AdamW by {type(optimizer).__module__.partition('.')[0]}"
 
 
 def warmup_cosine(iteration: int, iterations: int, warmup: int, final_ratio: float) -> float:

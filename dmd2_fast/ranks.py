@@ -9,7 +9,7 @@ import socket
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -139,3 +139,11 @@ def on_main(rank: Rank, action: Callable[[], T]) -> T | None:
     if message[0] is not None:
         raise UserError(message[0])
     return result
+
+
+def from_main(rank: Rank, action: Callable[[], T]) -> T:
+    """`on_main`, whose result every rank gets. It is pickled."""
+    results = [on_main(rank, action)]
+    if rank.world_size > 1:
+        dist.broadcast_object_list(results)
+    return cast(T, results[0])

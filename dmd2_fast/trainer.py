@@ -24,20 +24,20 @@ from .checkpoint import load_checkpoint, read_state, save_checkpoint
 from .cli import parse_training_arguments
 from .config import Config, load_config
 from .config_deepspeed import validate_with_deepspeed
+from .construction import build_base, build_networks
 from .data import make_loader
 from .data.batch import Batch
 from .data.latents import read_unconditional
 from .dispatch import backends
-from .distillation import Algorithm, FakeScore, fake_score_loss, generate, generator_loss, warmup_loss
+from .distillation import Algorithm, fake_score_loss, generate, generator_loss, warmup_loss
 from .engine import Engines, ShardedEMA, full_state_dict, poison_if_not_finite, step_was_skipped
 from .engine_lora import LoRAEngines
 from .errors import UserError
 from .evaluation import evaluate_run, has_test_split
-from .export import FewStepGenerator, save_generator
+from .export import FewStepGenerator, save_fake_score, save_generator
 from .failures import DivergedError, diagnosis, exit_code
-from .heads import GANHeads
 from .meters import Clock, Metrics
-from .networks import describe_network, load_denoiser
+from .networks import describe_network
 from .optimization import learning_rate, set_learning_rate
 from .preflight import check_data, check_inputs, check_teacher
 from .previews import make_previews
@@ -45,6 +45,7 @@ from .random import NoiseKey
 from .ranks import (
     Rank,
     any_rank,
+    from_main,
     init_distributed,
     on_main,
     quiet_libraries,
@@ -86,22 +87,21 @@ class Trainer:
         self.previews = make_previews(config, self.denoiser, rank, self.loader.dataset)
 
     def _build_networks(self) -> None:
-        """Generator and fake score start as copies of the teacher; the head from the run's seed, alike on all ranks."""
-        config, device = self.config, self.rank.device
-        teacher = load_denoiser(config.model).to(device)
-        check_teacher(config, teacher)
-        if config.data.kind == "latents":
-            teacher.network.null_prompt_embeds = read_unconditional(config.data.path)["prompt_embeds"].to(device)
-        self.denoiser = teacher
-        heads = None
-        if self.algorithm.adversarial:
-            torch.manual_seed(config.run.seed)
-            heads = GANHeads(tuple(teacher.network.feature_shape(level) for level in self.algorithm.levels)).to(device)
+        """Generator and fake score start as copies of the teacher, or of an earlier run's; all are sharded."""
+        config, algorithm = self.config, self.algorithm
+        levels = algorithm.levels if algorithm.adversarial else ()
         if config.model.lora is not None:
-            self.engines: Engines = LoRAEngines(config, teacher, heads, self.algorithm.own_levels)
+            teacher, heads = build_base(config, levels, self.rank)
+            check_teacher(config, teacher)
+            self.engines: Engines = LoRAEngines(config, teacher, heads, algorithm.own_levels)
         else:
-            generator, fake = (load_denoiser(config.model).to(device) for _ in range(2))
-            self.engines = Engines(config, generator, FakeScore(fake, heads, self.algorithm.own_levels), teacher)
+            generator, fake_score, teacher = build_networks(config, levels, algorithm.own_levels, self.rank)
+            check_teacher(config, teacher)
+            self.engines = Engines(config, generator, fake_score, teacher)
+        self.denoiser = teacher
+        if config.data.kind == "latents":
+            empty = read_unconditional(config.data.path)["prompt_embeds"]
+            teacher.network.null_prompt_embeds = empty.to(self.rank.device)
         decay = config.generator.ema
         self.ema = None if decay is None else ShardedEMA(self.engines.generator, decay)
 
@@ -111,13 +111,8 @@ class Trainer:
             on_main(self.rank, lambda: self.run.truncate_metrics(0))
             return
         _, folder = latest
-        state = on_main(self.rank, lambda: read_state(folder, self.rank.world_size))
-        states = [state]
-        if self.rank.world_size > 1:
-            dist.broadcast_object_list(states)
+        state = from_main(self.rank, lambda: read_state(folder, self.rank.world_size))
         load_checkpoint(folder, self.engines, self.ema, self.metrics, self.rank)
-        state = states[0]
-        assert state is not None  # rank 0 has read it, or all have raised
         self.iteration, self.skipped = state["iteration"], dict(state["skipped"])
         self.in_a_row = dict(state["in_a_row"])
         self.generator_updates, self.seconds_before = state["generator_updates"], state["seconds"]
@@ -145,7 +140,7 @@ class Trainer:
         return (
             f"global batch {config.global_batch_size} = {config.micro_batch_size} a forward x "
             f"{config.gradient_accumulation_steps} accumulated x {self.rank.world_size} rank(s) on {device.type}, "
-            f"data by the {self.loader.name} loader; operators on {operators}; "
+            f"data by the {self.loader.name} loader, {self.engines.optimizer_name}; operators on {operators}; "
             f"networks: {describe_network(self.denoiser.network)}"
         )
 
@@ -343,14 +338,20 @@ class Trainer:
             )  # fmt: skip
 
     def export(self) -> None:
-        """Write generator.safetensors, the averaged weights where there are any. Collective."""
-        state = full_state_dict(self.engines.generator) if self.ema is None else self.ema.full_state_dict()
-        if self.rank.is_main:
-            save_generator(
-                self.run.path / "generator.safetensors", state, self.denoiser, self.algorithm.steps,
-                model=self.config.model, iteration=self.iteration, ema=self.config.generator.ema,
-                seed=self.config.run.seed,
-            )  # fmt: skip
+        """Write generator.safetensors, the average where there is one, and fake_score.safetensors. Collective.
+
+        A second stage (`run.start_from`) starts from both.
+        """
+        keep, config = self.rank.is_main, self.config
+        state = full_state_dict(self.engines.generator, keep) if self.ema is None else self.ema.full_state_dict(keep)
+        facts = {"iteration": self.iteration, "ema": config.generator.ema, "seed": config.run.seed}
+        if keep:
+            path = self.run.path / "generator.safetensors"
+            save_generator(path, state, self.denoiser, self.algorithm.steps, model=config.model, **facts)
+        if config.model.lora is None:
+            state = full_state_dict(self.engines.fake_score, keep)
+            if keep:
+                save_fake_score(self.run.path / "fake_score.safetensors", state)
 
 
 def finish(run: RunFolder, config: Config, seconds: float) -> None:

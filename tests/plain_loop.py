@@ -169,6 +169,10 @@ def plain_run(
     algorithm, trace = Algorithm.from_config(config), Trace()
     teacher = load_denoiser(config.model).eval()
     generator, fake = trained or (load_denoiser(config.model).eval() for _ in range(2))
+    if config.run.start_from is not None:
+        for name, denoiser in (("generator", generator), ("fake_score", fake)):
+            weights = safetensors.torch.load_file(Path(config.run.start_from) / f"{name}.safetensors")
+            denoiser.network.unet.load_state_dict(weights)
     heads = None
     if algorithm.adversarial:
         torch.manual_seed(config.run.seed)

@@ -166,6 +166,13 @@ REFUSED = {
     "fp16.enabled=true": ("fp16", "bf16"),
     "zero_optimization.stage=2": ("zero_optimization.stage is 2", "stage 3"),
     "zero_optimization.stage=true": ("zero_optimization.stage",),
+    "zero_optimization.offload_param=true": ("zero_optimization.offload_param is true", "object"),
+    'zero_optimization.offload_optimizer={"device": "disk"}': ("offload_optimizer.device", '"disk"', "nvme"),
+    'zero_optimization.offload_param={"device": "nvme"}': ("offload_param.nvme_path is null", "folder"),
+    'zero_optimization.offload_optimizer={"device": "cpu", "ratio": 0.5}': ("offload_optimizer.ratio is 0.5",),
+    "zero_optimization.cpu_offload=true": ("zero_optimization.cpu_offload", "offload_optimizer"),
+    "zero_optimization.zero_quantized_weights=true": ("zero_optimization.zero_quantized_weights",),
+    "zero_optimization.zero_hpz_partition_size=2": ("zero_optimization.zero_hpz_partition_size",),
     "optimizer={}": ('"optimizer"', "put it in dmd2_fast.generator"),
     "scheduler={}": ('"scheduler"', "put it in dmd2_fast.generator"),
     "gradient_clipping=1.0": ('"gradient_clipping"', "put it in dmd2_fast.generator"),
@@ -432,3 +439,16 @@ def test_every_setting_is_documented():
     for cls in (type(load_config(DIGITS).model), type(load_config(DIGITS).generator), type(load_config(DIGITS).run)):
         check(cls)
     check(type(load_config(DIGITS).teacher.training))
+
+
+@pytest.mark.parametrize("compatible", [True, False])
+def test_nvme_needs_libaio(monkeypatch, compatible):
+    op_builder = pytest.importorskip("deepspeed.ops.op_builder")
+    monkeypatch.setattr(op_builder.AsyncIOBuilder, "is_compatible", lambda self: compatible)
+    nvme = 'zero_optimization.offload_param={"device": "nvme", "nvme_path": "/tmp/swap"}'
+    config = load_config(DIGITS, [nvme])
+    if compatible:
+        config_deepspeed.validate_with_deepspeed(config.deepspeed)
+    else:
+        with pytest.raises(ConfigError, match=r"offload_param.*libaio-dev.*cpu"):
+            config_deepspeed.validate_with_deepspeed(config.deepspeed)

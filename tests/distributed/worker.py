@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import sdxl
+import text_cases
 import torch
 from adapters import adapters
 from cases import CASES
@@ -27,6 +28,7 @@ from dmd2_fast.errors import DataError
 from dmd2_fast.export import FewStepGenerator
 from dmd2_fast.ranks import init_distributed, on_main, quiet_libraries
 from dmd2_fast.runs import RunFolder, open_run, read_metrics
+from dmd2_fast.traffic import counted
 from dmd2_fast.trainer import Trainer, main
 
 
@@ -312,8 +314,51 @@ def train(folder: Path, options: dict) -> int:
     return main(["--config", str(folder / options["config"]), "--local_rank", os.environ["LOCAL_RANK"]])
 
 
+def count_traffic(trainer: Trainer, found: list) -> None:
+    """What each iteration from now on exchanges."""
+    original = trainer.step
+
+    def step(batches):
+        with counted() as traffic:
+            original(batches)
+        found.append(traffic)
+
+    trainer.step = step
+
+
+def text(folder: Path, options: dict) -> None:
+    """The SDXL-shaped pipeline: how its networks are made and gathered, and its runs."""
+    rank = init_distributed()
+    if "runs" not in options:
+        text_cases.construction(folder, options)
+        text_cases.passes(folder, options)
+    else:
+        text_cases.nvme(folder)
+    for name in options.get("runs", text_cases.RUNS):
+        start, traffic = time.perf_counter(), []
+        config = load_config(folder / f"{name}.json", (), rank.world_size)
+        trainer = make_trainer(config, rank)
+        gradients = record_first_gradients(trainer)
+        with text_cases.invalidated() as dropped:
+            if "offload" in name or name == "nvme":  # what is offloaded is saved and taken up again
+                stop_at(trainer, 4)
+                count_traffic(trainer, traffic)
+                trainer.train()
+                trainer.close()
+                trainer = make_trainer(config, rank)
+                assert trainer.iteration == 4
+            count_traffic(trainer, traffic)
+            trainer.train()
+        result = {"weights": weights(trainer), "gradients": gradients, "losses": read_metrics(trainer.run.metrics)}
+        result |= {"updates": trainer.generator_updates, "traffic": traffic, "dropped": len(dropped)}
+        trainer.close()
+        print(f"{name}: {time.perf_counter() - start:.1f} s", flush=True)
+        torch.save(result, folder / f"{name}-rank{rank.rank}.pt")
+
+
 SCENARIOS = {
     "adapters": adapters,
+    "text": text,
     "equality": equality,
     "sharding": sharding,
     "resume": resume,

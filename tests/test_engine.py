@@ -1,0 +1,61 @@
+"""How engines are set up: gradients of bf16 networks are summed in f32, and NVMe folders are their own."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from one_rank import group_of_one
+from tiny import tiny_config
+from torch import nn
+
+from dmd2_fast.config import load_config
+from dmd2_fast.engine import engine_settings, make_engine
+
+
+def settings(folder, **keys):
+    path = folder / "c.json"
+    path.write_text(json.dumps({**tiny_config(folder), **keys}))
+    return load_config(path)
+
+
+def test_micro_batches_of_a_bf16_network_are_summed_in_f32(tmp_path):
+    """Gradients of 256 and of 1, both exact in bf16, of which bf16 would keep no more than 256."""
+    from deepspeed.utils import safe_get_full_grad
+
+    accumulated = {"train_batch_size": 2, "gradient_accumulation_steps": 2, "bf16": {"enabled": True}}
+    with group_of_one():
+        config = settings(tmp_path, **accumulated, zero_optimization={"stage": 3})
+        layer = nn.Linear(4, 1, bias=False)
+        engine = make_engine(config, layer, config.generator)
+        for size in (256.0, 1.0):
+            engine.backward(engine(torch.full((1, 4), size, dtype=torch.bfloat16)).sum())
+            if size == 1.0:
+                gradient = safe_get_full_grad(layer.weight)
+            engine.step()
+    assert torch.equal(gradient, torch.full((1, 4), 257 / 2))
+    assert torch.tensor(256.0).bfloat16() + torch.tensor(1.0).bfloat16() == 256
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_f32_sums_are_the_default_in_bf16(tmp_path, enabled):
+    config = settings(tmp_path, bf16={"enabled": enabled})
+    found = engine_settings(config, config.generator)
+    expected = ({"grad_accum_dtype": "fp32"}, "fp32") if enabled else (None, None)
+    assert (found.get("data_types"), found.get("communication_data_type")) == expected
+    config = settings(tmp_path, bf16={"enabled": True}, communication_data_type="bf16")
+    assert engine_settings(config, config.fake_score)["communication_data_type"] == "bf16"
+
+
+def test_each_engine_swaps_into_a_folder_of_its_own(tmp_path):
+    """DeepSpeed empties the folder when an engine starts."""
+    nvme = {"device": "nvme", "nvme_path": str(tmp_path / "swap")}
+    config = settings(tmp_path, zero_optimization={"stage": 3, "offload_param": nvme, "offload_optimizer": nvme})
+    found = [engine_settings(config, network) for network in (config.generator, config.fake_score, None)]
+    paths = [keys["zero_optimization"]["offload_param"]["nvme_path"] for keys in found]
+    assert paths == [str(tmp_path / "swap" / name) for name in ("generator", "fake_score", "teacher")]
+    assert [keys["zero_optimization"].get("offload_optimizer", {}).get("nvme_path") for keys in found] == [
+        *paths[:2], None,
+    ]  # fmt: skip
+    assert config.deepspeed["zero_optimization"]["offload_param"] == nvme
