@@ -51,7 +51,7 @@ class Partitioner:
         parameter = nn.Parameter(whole, requires_grad=empty.requires_grad)
         if self.first is None:
             holder = nn.ParameterList([parameter])
-            deepspeed.zero.Init(module=holder, config_dict_or_path=self.settings, dtype=self.dtype)
+            deepspeed.zero.Init(module=holder, config_dict_or_path=self.settings)  # its dtype is the configuration's
             self.first = parameter
         else:
             self.first.convert_to_zero_parameters([parameter])
@@ -66,25 +66,26 @@ def build_networks(
     All start as the teacher's weights, or the first two as those of `run.start_from`; the GAN head on the features of
     `levels` (none: no head) from the run's seed.
     """
+    sources = _sources(config, rank)
+    # One for each network: on NVMe each has a folder, which is emptied when it starts.
+    fills = [Partitioner(config, network, rank.device) for _, network in sources]
     generator, fake, teacher = (
-        sharded_denoiser(source, config.model, Partitioner(config, network, rank.device), rank)
-        for source, network in _sources(config, rank)
+        sharded_denoiser(source, config.model, fill, rank) for (source, _), fill in zip(sources, fills, strict=True)
     )
-    return generator, FakeScore(fake, _heads(config, teacher, levels, rank), own_levels), teacher
+    return generator, FakeScore(fake, _heads(config, teacher, levels, fills[1]), own_levels), teacher
 
 
 def build_base(config: Config, levels: tuple[str, ...], rank: Rank) -> tuple[Denoiser, GANHeads | None]:
     """(the teacher, on which adapters come, the GAN head), sharded, for `LoRAEngines`. Collective."""
     source = from_main(rank, lambda: open_source(config.model))
     base = sharded_denoiser(source, config.model, Partitioner(config, None, rank.device), rank)
-    return base, _heads(config, base, levels, rank)
+    return base, _heads(config, base, levels, Partitioner(config, config.fake_score, rank.device))
 
 
-def _heads(config: Config, teacher: Denoiser, levels: tuple[str, ...], rank: Rank) -> GANHeads | None:
+def _heads(config: Config, teacher: Denoiser, levels: tuple[str, ...], fill: Fill) -> GANHeads | None:
     if not levels:
         return None
-    shapes = tuple(teacher.network.feature_shape(level) for level in levels)
-    return sharded_heads(shapes, config.run.seed, Partitioner(config, config.fake_score, rank.device))
+    return sharded_heads(tuple(teacher.network.feature_shape(level) for level in levels), config.run.seed, fill)
 
 
 def _sources(config: Config, rank: Rank) -> list[tuple[Source, Trained | None]]:

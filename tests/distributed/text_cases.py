@@ -180,7 +180,7 @@ def nvme(folder: Path, small: int = 4096) -> dict:
     from deepspeed.runtime.swap_tensor import optimizer_utils, partitioned_param_swapper
 
     partitioned_param_swapper.MIN_AIO_BYTES = optimizer_utils.MIN_AIO_BYTES = small
-    device = {"device": "nvme", "nvme_path": str(folder / "nvme")}
+    device = {"device": "nvme", "nvme_path": str(folder / "swap")}
     return {
         "gather": "rollout", "aio": {"block_size": small},
         "zero": {
