@@ -191,6 +191,12 @@ def _check_offload(key: str, value: Any) -> None:
     device = value.get("device")
     if device not in (None, "none", "cpu", "nvme"):
         raise ConfigError(f'{where}.device is {show(device)}: expected "cpu", "nvme" or "none".')
+    if device == "nvme" and key == "offload_optimizer":
+        raise ConfigError(
+            f'{where}.device is "nvme": DeepSpeed {LISTED_VERSION} then updates weights with other gradients than it '
+            'computed (plain DeepSpeed differs from itself without it from the second step on). Offload it to "cpu"; '
+            "offload_param may go to NVMe."
+        )
     if device == "nvme" and not isinstance(value.get("nvme_path"), str):
         raise ConfigError(
             f"{where}.nvme_path is {show(value.get('nvme_path'))}: expected a folder on a local NVMe disk."

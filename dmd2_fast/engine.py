@@ -50,9 +50,9 @@ def engine_settings(config: Config, network: Trained | None) -> dict[str, Any]:
 def _zero_settings(config: Config, network: Trained | None) -> dict[str, Any]:
     """`zero_optimization` for one of the engines: DeepSpeed clears an NVMe folder when an engine starts in it."""
     zero, name = dict(config.deepspeed["zero_optimization"]), _name(network)
-    for key in ("offload_param", "offload_optimizer"):
-        if offloaded_to(zero, key) == "nvme":
-            zero[key] = {**zero[key], "nvme_path": str(Path(zero[key]["nvme_path"]) / name)}
+    if offloaded_to(zero, "offload_param") == "nvme":
+        params = zero["offload_param"]
+        zero["offload_param"] = {**params, "nvme_path": str(Path(params["nvme_path"]) / name)}
     if network is None:
         zero.pop("offload_optimizer", None)
     return zero
@@ -206,7 +206,7 @@ def step_was_skipped(engine: Any) -> bool:
 class ShardedEMA:
     """Exponential moving average of a ZeRO-3 module, f32, each rank keeping the average of its own shard.
 
-    It lies where the optimizer keeps its f32 weights: with these on the CPU or on NVMe, in the CPU's memory.
+    It lies where the optimizer keeps its f32 weights: on the device, or in the CPU's memory.
     """
 
     def __init__(self, engine: Any, decay: float):

@@ -1,7 +1,8 @@
 """ZeRO-3's parameters from outside: a rank's shards and f32 masters, and whole tensors made of all ranks' shards.
 
-Weights may be kept on the device, in the CPU's memory or on NVMe (`zero_optimization.offload_param`), masters too
-(`offload_optimizer`). Names: a shard is a rank's flat part of one parameter, padded on the last ranks.
+Weights may be kept on the device, in the CPU's memory or on NVMe (`zero_optimization.offload_param`), masters on the
+device or in the CPU's memory (`offload_optimizer`). A shard is a rank's flat part of one parameter, padded on the last
+ranks.
 """
 
 from __future__ import annotations
@@ -111,22 +112,11 @@ def copied_shard(parameter: nn.Parameter) -> Tensor:
 
 
 def masters(engine: Any) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """(trained parameter, this rank's f32 master weights), where the optimizer keeps them; read them at once.
-
-    From NVMe they come a group of parameters (`sub_group_size`) at a time, with the optimizer's states.
-    """
+    """(trained parameter, this rank's f32 master weights), where the optimizer keeps them: on the device or the CPU."""
     optimizer = engine.optimizer
-    for group, parameters in enumerate(optimizer.fp16_groups):
-        stored = optimizer._swappable_optimizer_subgroup(group)
-        if stored:
-            optimizer._optimizer_states_and_gradient_swap_in(group)
-        try:
-            parts = optimizer.fp32_partitioned_groups_flat[group].detach()
-            parts = parts[: sum(p.ds_tensor.ds_numel for p in parameters)]
-            yield from zip(parameters, parts.split([p.ds_tensor.ds_numel for p in parameters]), strict=True)
-        finally:
-            if stored:
-                optimizer._release_swap_buffers(group)
+    for parameters, flat in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True):
+        sizes = [parameter.ds_tensor.ds_numel for parameter in parameters]
+        yield from zip(parameters, flat.detach()[: sum(sizes)].split(sizes), strict=True)
 
 
 def whole_on_cpu(

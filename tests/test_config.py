@@ -169,6 +169,7 @@ REFUSED = {
     "zero_optimization.offload_param=true": ("zero_optimization.offload_param is true", "object"),
     'zero_optimization.offload_optimizer={"device": "disk"}': ("offload_optimizer.device", '"disk"', "nvme"),
     'zero_optimization.offload_param={"device": "nvme"}': ("offload_param.nvme_path is null", "folder"),
+    'zero_optimization.offload_optimizer={"device": "nvme", "nvme_path": "/tmp"}': ("other gradients", '"cpu"'),
     'zero_optimization.offload_optimizer={"device": "cpu", "ratio": 0.5}': ("offload_optimizer.ratio is 0.5",),
     "zero_optimization.cpu_offload=true": ("zero_optimization.cpu_offload", "offload_optimizer"),
     "zero_optimization.zero_quantized_weights=true": ("zero_optimization.zero_quantized_weights",),

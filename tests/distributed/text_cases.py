@@ -176,17 +176,14 @@ def construction(folder: Path, options: dict) -> None:
 
 
 def nvme(folder: Path, small: int = 4096) -> dict:
-    """The offloaded run's settings with NVMe in place of the CPU, for tensors as small as the tiny network's."""
-    from deepspeed.runtime.swap_tensor import optimizer_utils, partitioned_param_swapper
+    """Settings with weights on NVMe and the optimizer on the CPU, for tensors as small as the tiny network's."""
+    from deepspeed.runtime.swap_tensor import partitioned_param_swapper
 
-    partitioned_param_swapper.MIN_AIO_BYTES = optimizer_utils.MIN_AIO_BYTES = small
-    device = {"device": "nvme", "nvme_path": str(folder / "swap")}
+    partitioned_param_swapper.MIN_AIO_BYTES = small
+    weights = {"device": "nvme", "nvme_path": str(folder / "swap"), "buffer_count": 8, "buffer_size": 10**6}
     return {
         "gather": "rollout", "aio": {"block_size": small},
-        "zero": {
-            "offload_optimizer": {**device, "buffer_count": 4},
-            "offload_param": {**device, "buffer_count": 8, "buffer_size": 10**6},
-        },
+        "zero": {"offload_param": weights, "offload_optimizer": CPU},
     }  # fmt: skip
 
 
