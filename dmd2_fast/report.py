@@ -41,7 +41,12 @@ NOTHING = "-"
 PANELS: tuple[tuple[str, tuple[tuple[str, str], ...], str], ...] = (
     (
         "Generator loss",
-        (("generator/loss", "total"), ("generator/dmd", "distribution matching"), ("generator/gan", "GAN")),
+        (
+            ("generator/loss", "total"),
+            ("generator/dmd", "distribution matching"),
+            ("generator/gan", "GAN"),
+            ("generator/regression", "regression"),
+        ),
         "auto",
     ),
     (
@@ -66,7 +71,10 @@ PANELS: tuple[tuple[str, tuple[tuple[str, str], ...], str], ...] = (
 EXACT_PANELS = ("Learning rate", "Skipped updates")
 """Charts of settings and counts, which have no noise to smooth away."""
 
-OPTIONAL_METRICS = ("fake_score/r1", "skipped/generator", "skipped/fake_score", "generator/gan", "fake_score/gan")
+OPTIONAL_METRICS = (
+    "fake_score/r1", "skipped/generator", "skipped/fake_score", "generator/gan", "fake_score/gan",
+    "generator/regression",
+)  # fmt: skip
 """Curves that are left out where they are 0 throughout: the setting is off, or nothing happened."""
 
 
