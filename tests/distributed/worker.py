@@ -356,7 +356,21 @@ def text(folder: Path, options: dict) -> None:
         torch.save(result, folder / f"{name}-rank{rank.rank}.pt")
 
 
+def previews_pairs(folder: Path, options: dict) -> None:
+    """A run whose grids show prompts, and one that learns from a teacher's pairs."""
+    rank = init_distributed()
+    for name in ("prompts", "pairs-run"):
+        trainer = make_trainer(load_config(folder / f"{name}.json", (), rank.world_size), rank)
+        gradients = record_first_gradients(trainer)
+        trainer.train()
+        result = {"weights": weights(trainer), "gradients": gradients, "losses": read_metrics(trainer.run.metrics)}
+        result["updates"] = trainer.generator_updates
+        trainer.close()
+        torch.save(result, folder / f"{name}-rank{rank.rank}.pt")
+
+
 SCENARIOS = {
+    "previews_pairs": previews_pairs,
     "adapters": adapters,
     "text": text,
     "equality": equality,
