@@ -61,6 +61,23 @@ def optimizer_name(optimizer: Any) -> str:
     return f"AdamW by {type(optimizer).__module__.partition('.')[0]}"
 
 
+@torch.no_grad()
+def clipped_step(optimizer: torch.optim.Optimizer, gradient_clipping: float) -> torch.Tensor:
+    """One step of `make_optimizer`'s AdamW on gradients of norm at most `gradient_clipping` (0: as they are), which are
+    then dropped; the norm () before. A norm that is not finite leaves weights and moments as they are.
+
+    The optimizer's own kernel divides the gradients, as it does for a gradient scaler: they are not gone through twice,
+    and nothing is read on the host.
+    """
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+    optimizer.grad_scale = (norm / gradient_clipping).clamp(min=1) if gradient_clipping else None
+    optimizer.found_inf = (~norm.isfinite()).float()
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
 def warmup_cosine(iteration: int, iterations: int, warmup: int, final_ratio: float) -> float:
     """Share of the peak learning rate: linear from 1/warmup to 1, then half a cosine down to `final_ratio`."""
     if iteration < warmup:
