@@ -15,6 +15,7 @@ from pathlib import Path
 
 from dmd2_fast.errors import UserError
 from dmd2_fast.failures import message_of
+from dmd2_fast.plan_cli import add_plan
 from dmd2_fast.stopping import StopRequested, StopSignals
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -354,6 +355,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_run_argument(
         command("report", _report, "write a run's report.html, also while it is going on", "report --run runs/digits")
     )
+
+    add_plan(command, add_config_arguments)
 
     shown = command(
         "config",

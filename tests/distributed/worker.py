@@ -19,6 +19,7 @@ import torch
 from adapters import adapters
 from cases import CASES
 from plain_loop import write_config
+from planned import planned
 
 import dmd2_fast.failures
 import dmd2_fast.trainer as trainer_module
@@ -381,6 +382,7 @@ SCENARIOS = {
     "train": train,
     "sdxl_runs": sdxl.runs,
     "sdxl_command": sdxl.command,
+    "planned": planned,
 }
 
 
