@@ -60,6 +60,11 @@ def test_the_one_step_config_shares_teacher_and_data_but_not_the_run_folder():
 PUBLISHED = {
     # rate, global batch, guidance, ratio, generator's GAN weight, steps: REFERENCE.md's table of the papers' recipes
     "ds_sdxl.json": (5e-7, 128, 8, 5, 5e-3, (999, 749, 499, 249)),
+    "configs/ds_sdxl_1step.json": (5e-7, 128, 8, 5, 5e-3, (399,)),
+    "configs/ds_sdxl_lora.json": (5e-5, 128, 8, 5, 5e-3, (999, 749, 499, 249)),
+    "configs/ds_sdxl_1gpu.json": (5e-7, 128, 8, 5, 5e-3, (999, 749, 499, 249)),
+    "configs/ds_sdxl_1gpu_nvme.json": (5e-7, 128, 8, 5, 5e-3, (999, 749, 499, 249)),
+    "configs/ds_sdxl_2gpu.json": (5e-7, 128, 8, 5, 5e-3, (999, 749, 499, 249)),
     "configs/ds_sd15_stage1.json": (1e-5, 2048, 1.75, 10, 0, (999,)),
     "configs/ds_sd15_stage2.json": (5e-7, 2048, 1.75, 10, 1e-3, (999,)),
     "configs/ds_imagenet64_stage1.json": (2e-6, 280, 1, 5, 0, (80,)),
@@ -226,6 +231,8 @@ CLASHES = {
         "generator.steps=[999]",
         "teacher.training.schedule=ddpm",
     ): "a pipeline is taken as it is",
+    ('run.sample_prompts=["a cat"]',): "a unet2d knows classes",
+    ("regression.weight=0.25",): "no pairs to learn from",
     ("model.lora={}", "run.start_from=runs/other"): "adapters start on the teacher's weights",
     ("run.start_from=runs/digits",): "a run cannot start from itself",
     ("run.folder=data/digits",): "the run folder holds",
