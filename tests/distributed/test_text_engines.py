@@ -100,6 +100,8 @@ def test_what_an_iteration_gathers(folder):
         k = int(rollout_index(4, "batch", torch.zeros(1, dtype=torch.int64), NoiseKey(1, step=i)))
         expected = {"module": 2 * (k + 1) * generator, "network": generator, "offload": generator}
         expected["teacher"] = expected["module"] + 2 * sizes["sizes"]["encode"]
+        if i >= 4:
+            del expected["offload"]  # taken up again there: first passes have no recorded order yet
         for name, gathered in expected.items():
             found = load(folder, name)["traffic"][i]
             assert found.gathered == gathered + 2 * fake_score, (name, i)
