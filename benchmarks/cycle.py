@@ -165,7 +165,7 @@ class Trained:
         self.weights = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self.has_masters = any(weight.dtype != torch.float32 for weight in self.weights)
         self.masters = [w.detach().float().requires_grad_() for w in self.weights] if self.has_masters else self.weights
-        self.optimizer = make_optimizer(self.masters, OptimizerConfig(lr=lr))
+        self.optimizer = make_optimizer(self.masters, OptimizerConfig(lr=lr), on_cpu=True)
 
     def update(self, loss: Tensor) -> None:
         loss.backward()

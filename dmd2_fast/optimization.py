@@ -63,12 +63,14 @@ def optimizer_name(optimizer: Any) -> str:
 
 @torch.no_grad()
 def clipped_step(optimizer: torch.optim.Optimizer, gradient_clipping: float) -> torch.Tensor:
-    """One step of `make_optimizer`'s AdamW on gradients of norm at most `gradient_clipping` (0: as they are), which are
+    """One step of torch's fused AdamW on gradients of norm at most `gradient_clipping` (0: as they are), which are
     then dropped; the norm () before. A norm that is not finite leaves weights and moments as they are.
 
     The optimizer's own kernel divides the gradients, as it does for a gradient scaler: they are not gone through twice,
     and nothing is read on the host.
     """
+    if not isinstance(optimizer, torch.optim.AdamW) or not optimizer.defaults["fused"]:
+        raise TypeError(f"clipped_step: expected torch's AdamW with fused=True, got {type(optimizer).__module__}'s")
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
     optimizer.grad_scale = (norm / gradient_clipping).clamp(min=1) if gradient_clipping else None

@@ -175,6 +175,13 @@ def test_bytes_held_at_once():
     assert (counter.peak, counter.operators) == (6000, 7)
 
 
+def test_clipped_step_refuses_optimizers_that_would_not_clip():
+    weight = torch.zeros(3, requires_grad=True)
+    for optimizer in (torch.optim.AdamW([weight]), torch.optim.SGD([weight])):
+        with pytest.raises(TypeError, match="fused=True"):
+            clipped_step(optimizer, 1.0)
+
+
 def test_clipped_step_is_clipping_then_adamw():
     """Also where a gradient is not finite: nothing moves, the next step goes on."""
     settings = SimpleNamespace(lr=0.1, betas=(0.5, 0.9), eps=1e-8, weight_decay=0.1)
