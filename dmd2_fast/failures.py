@@ -78,4 +78,6 @@ def exit_code(error: BaseException, stop: StopSignals) -> int | None:
 
 
 def _say(message: str, rank: str) -> None:
-    print(f"error: {message}" if rank == "0" else f"error on rank {rank}: {message}", file=sys.stderr, flush=True)
+    # One write: print's newline comes after it, and another rank's message between the two.
+    sys.stderr.write(f"error: {message}\n" if rank == "0" else f"error on rank {rank}: {message}\n")
+    sys.stderr.flush()

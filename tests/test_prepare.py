@@ -33,6 +33,7 @@ from dmd2_fast.data import make_loader
 from dmd2_fast.data.inputs import list_images, list_prompts, read_square
 from dmd2_fast.distillation import Algorithm
 from dmd2_fast.errors import ConfigError, DataError, UserError
+from dmd2_fast.networks import load_denoiser
 from dmd2_fast.pipeline import TextEncoders
 from dmd2_fast.preflight import check_inputs
 from dmd2_fast.prepare import Options, prepare
@@ -517,6 +518,7 @@ def test_guidance_departs_from_the_prepared_empty_prompt(pipelines, tmp_path, mo
     settings = config(pipelines, tmp_path / "data", "sd15", "adversarial.discriminator_weight=0")
     prepare(settings, prompts=tmp_path / "p.txt", options=Options(**QUIET))
     built = {}
+    monkeypatch.setattr(trainer, "build_networks", lambda config, *_: (None, None, load_denoiser(config.model)))
     monkeypatch.setattr(trainer, "Engines", lambda config, generator, fake, teacher: built.update(teacher=teacher))
     run = object.__new__(trainer.Trainer)
     run.config, run.rank, run.algorithm = settings, Rank(0, 1, torch.device("cpu")), Algorithm.from_config(settings)
