@@ -4,10 +4,12 @@ The pipeline is tiny, and real: diffusers' classes, CLIP text encoders, a tokeni
 """
 
 import json
+import math
 
 import pytest
 import torch
 from lora_oracle import plain_lora_run
+from PIL import Image
 from pipelines import make_pipeline, write_images
 from plain_loop import plain_run, read_samples, relative, worst_loss
 from ranks import run_ranks
@@ -16,6 +18,7 @@ from sdxl import ROOT, sizes
 
 from dmd2_fast.cli import main as command_line
 from dmd2_fast.config import load_config
+from dmd2_fast.runs import read_metrics
 
 pytestmark = pytest.mark.timeout(600)
 CYCLES = 3
@@ -115,3 +118,29 @@ def test_every_network_is_sharded_at_rest(runs, name, rank):
     for part, (held, total) in found.items():
         assert 0 < held <= SHARE * total, (part, held, total)
         assert held + runs[name][1 - rank]["at rest"][part][0] >= total
+
+
+def test_as_published_in_bf16(folder, runs):
+    """The command itself, in the configuration's own bf16, then `export` and `sample`; the losses are f32's nearly."""
+    values = [
+        *sizes(folder, "published", 6), "run.sample_interval=3", 'run.sample_prompts=["a red cat", "the night sky"]',
+    ]  # fmt: skip
+    options = json.dumps({"config": "ds_sdxl.json", "set": values})
+    ended = run_ranks(folder, "sdxl_command", str(folder), options)
+    assert set(ended.codes) == {0}, "\n".join(text[-3000:] for text in ended.output)
+    run = folder / "published"
+    lines, f32 = read_metrics(run / "metrics.jsonl"), runs["four-steps"][0]["losses"]
+    assert [line["iteration"] for line in lines] == list(range(1, 7))
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+    for line, expected in zip(lines, f32, strict=False):
+        for name in ("fake_score/denoising", "fake_score/gan"):
+            assert line[name] == pytest.approx(expected[name], rel=0.02)
+    assert {path.name for path in (run / "grids").iterdir()} == {"iteration-000003.png", "iteration-000006.png"}
+    assert command_line(["export", str(run), "--format", "diffusers", "--out", str(folder / "exported")]) == 0
+    exported = load_file(folder / "exported" / "unet" / "diffusion_pytorch_model.safetensors")
+    generator = load_file(run / "generator.safetensors")
+    assert exported.keys() == generator.keys()
+    assert all(torch.equal(exported[name], value) for name, value in generator.items())
+    arguments = ["sample", str(run), "--prompt", "a red cat", "--num", "2", "--out", str(folder / "cats.png")]
+    assert command_line(arguments) == 0
+    assert Image.open(folder / "cats.png").size[0] >= 32
