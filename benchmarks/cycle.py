@@ -43,7 +43,7 @@ from dmd2_fast.schedules import DDPMSchedule
 
 TTUR_RATIO = 5
 EMA = 0.999
-GUIDANCE = {"digits": 1.0, "sdxl-shaped": 8.0}
+GUIDANCE = {"digits": 1.0, "sdxl-shaped": 8.0, "sdxl-shaped-wide": 8.0}
 SEED = 1
 """of a cycle whose rollout indices are 3, 0, 1, 1, 3: 1.6 on average, of 1.5"""
 STEPS = {"dmd2": (999, 749, 499, 249), "fastgen": (399,)}
@@ -86,6 +86,12 @@ NETWORKS: dict[str, dict[str, Any]] = {
         },
     },
 }
+WIDE = {"block_out_channels": [96, 192, 384], "attention_head_dim": [2, 3, 6], "norm_num_groups": 32}
+NETWORKS["sdxl-shaped-wide"] = {
+    **NETWORKS["sdxl-shaped"],
+    "config": {**NETWORKS["sdxl-shaped"]["config"], **WIDE},
+}
+"""Three times as wide: more of the time in convolutions and matrix products, as in SDXL, which is ten times as wide."""
 
 
 def make_networks(name: str) -> tuple[list[UNet], GANHeads]:
@@ -318,7 +324,7 @@ def counts(name: str, size: int) -> list[list[str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
+    parser.add_argument("--networks", nargs="+", default=["digits", "sdxl-shaped"], choices=list(NETWORKS))
     parser.add_argument("--batches", nargs="+", type=int, default=[4, 16])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))

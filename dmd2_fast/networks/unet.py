@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from ..denoiser import Condition
 
+RECOMPILE_LIMIT = 128
+"""Blocks of a class share dynamo's cache: a dozen widths, by half a dozen row counts, with gradients and without."""
 DECODER = ("up_blocks.", "conv_norm_out.", "conv_out.")
 """Prefixes of the decoder's parameters in a diffusers UNet; all others belong to the encoder and the middle block."""
 
@@ -84,9 +86,14 @@ class UNet(nn.Module):
         return [*unet.down_blocks, *([] if unet.mid_block is None else [unet.mid_block]), *unet.up_blocks]
 
     def compile_blocks(self, **options: Any) -> None:
-        """torch.compile, with its options, for each block of encoder, middle and decoder; parameters stay."""
+        """torch.compile, with its options, for each block of encoder, middle and decoder; parameters stay.
+
+        Shapes are compiled as they are: rows come in a few sizes, and with symbols for them Inductor fails on the CPU.
+        """
+        settings = torch._dynamo.config
+        settings.recompile_limit = max(settings.recompile_limit, RECOMPILE_LIMIT)
         for block in self._blocks:
-            block.compile(**options)
+            block.compile(**{"dynamic": False, **options})
 
     @property
     def is_compiled(self) -> bool:

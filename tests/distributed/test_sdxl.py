@@ -91,8 +91,8 @@ def plain(config, iterations, start, pairs, parts=1):
 
 @pytest.mark.parametrize("name", list(CASES))
 def test_equals_plain_pytorch(folder, pairs, runs, name):
-    """Gradients: those of plain PyTorch over the same four micro-batches to 1e-6; over the batch as a whole to twice
-    what plain PyTorch differs by from itself between the two, or 1e-6. At guidance 8 in f32 that is up to 3e-6."""
+    """Gradients: those of plain PyTorch over the same four micro-batches to 1e-6 or what plain PyTorch differs by from
+    itself between those and the batch as a whole; over the whole to twice that. At guidance 8 in f32 it is 1-3e-6."""
     file, iterations = CASES[name]
     config, got = load_config(ROOT / file, overrides(folder, name), 2), runs[name][0]
     start = got["start"] if config.model.lora is not None else None
@@ -105,7 +105,7 @@ def test_equals_plain_pytorch(folder, pairs, runs, name):
         whole = relative(got["gradients"][network], gradients)
         alike = relative(got["gradients"][network], parts.gradients[network])
         print(name, network, {"whole": whole, "parts": alike, "plain whole against plain parts": reordered})
-        assert alike < GRADIENT and whole < max(GRADIENT, 2 * reordered) < 8 * GRADIENT, network
+        assert alike < max(GRADIENT, reordered) and whole < max(GRADIENT, 2 * reordered) < 8 * GRADIENT, network
         assert relative(got["start"][network], expected.start[network]) == 0
     assert worst_loss(got["losses"], expected.losses) < LOSS
 
