@@ -58,7 +58,7 @@ def test_the_one_step_config_shares_teacher_and_data_but_not_the_run_folder():
 
 
 PUBLISHED = {
-    # rate, global batch, guidance, ratio, generator's GAN weight, steps: REFERENCE.md's table of the papers' recipes
+    # rate, global batch, guidance, ratio, generator's GAN weight, steps: the published recipes
     "ds_sdxl.json": (5e-7, 128, 8, 5, 5e-3, (999, 749, 499, 249)),
     "configs/ds_sdxl_1step.json": (5e-7, 128, 8, 5, 5e-3, (399,)),
     "configs/ds_sdxl_lora.json": (5e-5, 128, 8, 5, 5e-3, (999, 749, 499, 249)),
