@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from .networks.source import HUB_ID
+from .networks.source import is_hub_id
 
 PIPELINES = {"sd15": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
 FOLDER = "path/to/this/folder"
@@ -15,8 +14,8 @@ FOLDER = "path/to/this/folder"
 def model_card(name: str, metadata: dict[str, Any], *, baked: bool, full: bool) -> str:
     """The whole file. `baked`: LCMScheduler takes the steps by itself; `full`: the folder is a whole pipeline."""
     model, steps = metadata["model"], metadata["steps"]
-    is_hub = not Path(model["path"]).exists() and HUB_ID.fullmatch(model["path"])
-    lines = ["---", "library_name: diffusers", *([f"base_model: {model['path']}"] if is_hub else []), "---", ""]
+    base = [f"base_model: {model['path']}"] if is_hub_id(model["path"]) else []
+    lines = ["---", "library_name: diffusers", *base, "---", ""]
     lines += [f"# {name}", "", f"A {len(steps)}-step generator, distilled from `{model['path']}` by dmd2_fast."]
     trained = [f"{metadata[key]} {word}" for key, word in (("iteration", "iterations"),) if key in metadata]
     trained += [f"averaged weights (decay {metadata['ema']})"] if metadata.get("ema") is not None else []

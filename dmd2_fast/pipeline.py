@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .denoiser import Condition
 from .errors import UserError
-from .networks.source import HUB_ID
+from .networks.source import is_hub_id
 
 NAMES = {"sd15": ("",), "sdxl": ("", "_2")}
 """Endings of the folders tokenizer and text_encoder, by model.kind."""
@@ -151,7 +151,7 @@ def latent_shape(path: str | os.PathLike, resolution: int) -> tuple[int, int, in
 
 def _part(path: str | os.PathLike, name: str, load: Callable[..., Any], *, weights: bool = True, **options: Any) -> Any:
     """`load` of one subfolder of a pipeline; `UserError` in one line for whatever diffusers or transformers raise."""
-    if not Path(path).is_dir() and (Path(path).exists() or not HUB_ID.fullmatch(str(path))):
+    if not Path(path).is_dir() and not is_hub_id(path):
         raise UserError(
             f"model.path: there is no folder {str(path)!r}: expected a diffusers pipeline's, with {name}/ in it, or a "
             "hub id such as stabilityai/stable-diffusion-xl-base-1.0"

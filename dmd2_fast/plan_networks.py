@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from .distillation import Algorithm, FakeScore
 from .errors import UserError
 from .heads import GANHeads
 from .networks import build_without_weights, prepare_network
-from .networks.source import HUB_ID, open_source
+from .networks.source import PIPELINE_KINDS, is_hub_id, open_source
 from .plan_counts import PROMPT_LENGTH, MetaNetworks
 from .plan_ledger import META
 
@@ -55,7 +54,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 
 def settings_of(model: ModelConfig) -> tuple[dict[str, Any], str]:
     """What `build_denoiser` takes, and where it is from. `UserError` when nothing says what the network is."""
-    if model.kind in ("sd15", "sdxl") and HUB_ID.fullmatch(model.path) and not os.path.exists(model.path):
+    if model.kind in PIPELINE_KINDS and is_hub_id(model.path):
         cached = _cached(model.path)
         if cached is None and model.path in PUBLISHED:
             network: dict[str, Any] = {"kind": "unet2d_condition", "config": PUBLISHED[model.path]}

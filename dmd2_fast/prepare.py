@@ -29,7 +29,7 @@ from .data.latents import DESCRIPTION, LATENTS, UNCONDITIONAL
 from .data.shards import write_shard
 from .errors import DataError, UserError
 from .locks import acquire
-from .networks.source import open_source
+from .networks.source import PIPELINE_KINDS, open_source
 from .pipeline import LatentCodec, TextEncoders, latent_shape, time_ids
 from .runs import LOCK_FILE, differences, read_json, replacing, write_atomic, write_json
 
@@ -107,7 +107,7 @@ def prepare(
 
 
 def _check(config: Config, options: Options) -> None:
-    if config.model.kind not in ("sd15", "sdxl") or config.data.kind != "latents":
+    if config.model.kind not in PIPELINE_KINDS or config.data.kind != "latents":
         raise UserError(
             f'model.kind is "{config.model.kind}" and data.kind "{config.data.kind}": images and prompts are prepared '
             'for "sd15" or "sdxl", with data.kind "latents"; `prepare --digits` makes a "unet2d" its labelled digits.'

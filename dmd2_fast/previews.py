@@ -6,10 +6,8 @@ Every rank samples the same conditions (a sharded generator's forward is collect
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from .config import Config
@@ -19,7 +17,7 @@ from .evaluation import has_test_split, load_reference
 from .export import cycling_labels, num_classes
 from .grids import save_grid
 from .pipeline import LatentCodec
-from .ranks import Rank, on_main
+from .ranks import Rank, from_main, on_main
 from .sampling import decode_latents, encode_prompts
 
 QUICK_SAMPLES = 500
@@ -55,10 +53,7 @@ class PromptPreviews:
     def __init__(self, config: Config, denoiser: Denoiser, rank: Rank, dataset: Dataset):
         self.device = rank.device
         self.codec: LatentCodec | None = None
-        made: list[Any] = [on_main(rank, lambda: self._make(config, denoiser, dataset))]
-        if rank.world_size > 1:
-            dist.broadcast_object_list(made)
-        self.condition: Condition = made[0]
+        self.condition: Condition = from_main(rank, lambda: self._make(config, denoiser, dataset))
 
     def _make(self, config: Config, denoiser: Denoiser, dataset: Dataset) -> Condition:
         model, prompts = config.model, config.run.sample_prompts

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .networks.unet import DECODER
+from .networks.unet import DECODER, UNet
 
 BUCKET_ELEMENTS = 1 << 25
 """Elements of one all-gather: a bucket more than what the caller keeps is alive while whole tensors are made."""
@@ -147,8 +147,8 @@ class WholeNetwork:
     def __init__(self, module: nn.Module):
         self.module = copy.deepcopy(module).to("meta").requires_grad_(False).eval()
         for ours, theirs in zip(self.module.modules(), module.modules(), strict=True):
-            if theirs._compiled_call_impl is not None:
-                ours.compile()  # which a copy leaves out
+            if isinstance(theirs, UNet) and theirs.is_compiled:
+                ours.compile_blocks()  # which a copy leaves out
         self.slots = [
             (owner, leaf, f"{path}.{leaf}" if path else leaf)
             for path, owner in self.module.named_modules()

@@ -7,17 +7,34 @@ import json
 import pytest
 import torch
 from one_rank import group_of_one
-from tiny import tiny_config
+from tiny import tiny_config, tiny_denoiser
 from torch import nn
 
 from dmd2_fast.config import load_config
 from dmd2_fast.engine import engine_settings, make_engine
+from dmd2_fast.shards import WholeNetwork
 
 
 def settings(folder, **keys):
     path = folder / "c.json"
     path.write_text(json.dumps({**tiny_config(folder), **keys}))
     return load_config(path)
+
+
+def test_a_whole_copy_is_compiled_as_the_network_is(monkeypatch):
+    denoiser, options = tiny_denoiser(), []
+    compiled = nn.Module.compile
+
+    def record(self, *args, **kwargs):
+        options.append(kwargs)
+        compiled(self, *args, **kwargs)
+
+    monkeypatch.setattr(nn.Module, "compile", record)
+    assert not WholeNetwork(denoiser).module.network.is_compiled
+    denoiser.network.compile_blocks()
+    own, options[:] = list(options), []
+    assert WholeNetwork(denoiser).module.network.is_compiled
+    assert options == own and all(option["dynamic"] is False for option in options)
 
 
 def test_micro_batches_of_a_bf16_network_are_summed_in_f32(tmp_path):

@@ -14,6 +14,7 @@ from dmd2_fast.errors import UserError
 from dmd2_fast.networks import build_denoiser, build_without_weights, denoiser_settings, load_denoiser
 from dmd2_fast.networks.source import open_source
 from dmd2_fast.networks.unet import DECODER
+from dmd2_fast.plan_networks import PUBLISHED
 
 KINDS = ("sdxl", "sd15")
 
@@ -160,7 +161,9 @@ def test_missing_pipeline(tmp_path):
 
 def test_full_size_sdxl_on_the_meta_device():
     """The published counts: 2.567 B, of which encoder and middle block 1.243 B."""
-    denoiser = build_without_weights(SDXL)
+    network = {"kind": "unet2d_condition", "config": PUBLISHED["stabilityai/stable-diffusion-xl-base-1.0"]}
+    noise = {"schedule": {"kind": "ddpm"}, "prediction_type": "epsilon", "preconditioning": "none"}
+    denoiser = build_without_weights({"network": network, **noise})
     sizes = {name: value.numel() for name, value in denoiser.network.unet.named_parameters()}
     assert sum(sizes.values()) == pytest.approx(2.567e9, abs=0.5e6)
     assert sum(size for name, size in sizes.items() if not name.startswith(DECODER)) == pytest.approx(
@@ -171,29 +174,3 @@ def test_full_size_sdxl_on_the_meta_device():
     assert denoiser.network.condition_shapes == {
         "prompt_embeds": (None, 2048), "pooled_prompt_embeds": (1280,), "time_ids": (6,)
     }  # fmt: skip
-
-
-SDXL = {
-    "network": {
-        "kind": "unet2d_condition",
-        "config": {
-            "sample_size": 128,
-            "in_channels": 4,
-            "out_channels": 4,
-            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-            "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-            "block_out_channels": [320, 640, 1280],
-            "layers_per_block": 2,
-            "cross_attention_dim": 2048,
-            "transformer_layers_per_block": [1, 2, 10],
-            "attention_head_dim": [5, 10, 20],
-            "use_linear_projection": True,
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 256,
-            "projection_class_embeddings_input_dim": 2816,
-        },
-    },
-    "schedule": {"kind": "ddpm"},
-    "prediction_type": "epsilon",
-    "preconditioning": "none",
-}

@@ -18,7 +18,7 @@ from ..config_schema import ModelConfig
 from ..denoiser import Denoiser
 from ..errors import UserError
 from ..schedules import make_schedule
-from .source import SETTINGS_FILE, WEIGHTS, open_source
+from .source import SETTINGS_FILE, WEIGHTS, open_source, public_settings
 
 if TYPE_CHECKING:
     from .unet import UNet
@@ -64,7 +64,7 @@ def build_denoiser(settings: dict[str, Any]) -> Denoiser:
 def denoiser_settings(denoiser: Denoiser) -> dict[str, Any]:
     """Everything but the weights, as JSON types."""
     network = denoiser.network
-    config = {key: value for key, value in network.unet.config.items() if not key.startswith("_")}
+    config = public_settings(network.unet.config)
     settings = {"kind": network.kind, "config": config, "patch_size": network.patch_size}
     if network.sample_size != network.unet.config.sample_size:
         settings["sample_size"] = network.sample_size

@@ -7,8 +7,9 @@ prediction type are the denoiser's. Weights are safetensors, in one file or seve
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ..errors import UserError
+from ..schedules import NUM_TIMESTEPS
 
 if TYPE_CHECKING:
     from ..config_schema import ModelConfig
@@ -30,7 +32,6 @@ HUB_FILES = (
     f"unet/{WEIGHTS}.safetensors.index.json", f"unet/{WEIGHTS}-*-of-*.safetensors",
 )  # fmt: skip
 PIPELINE_KINDS = ("sd15", "sdxl")
-NUM_TIMESTEPS = 1000
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def open_source(model: ModelConfig) -> Source:
         folder = Path(model.path)
         return Source(_with_size(read_settings(folder), model.sample_size), folder)
     folder = pipeline_folder(model.path)
-    config = _public(read_object(folder / "unet" / "config.json"))
+    config = public_settings(read_object(folder / "unet" / "config.json"))
     pooled = config.get("addition_embed_type") == "text_time"
     if pooled != (model.kind == "sdxl"):
         other = "sdxl" if pooled else "sd15"
@@ -143,12 +144,17 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return read_object(folder / SETTINGS_FILE)
 
 
+def is_hub_id(path: str | os.PathLike) -> bool:
+    """Whether a model's path names no file or folder here, and can be a Hugging Face id."""
+    return not Path(path).exists() and HUB_ID.fullmatch(str(path)) is not None
+
+
 @lru_cache(maxsize=8)
 def pipeline_folder(path: str) -> Path:
     """A diffusers pipeline as a folder: itself, or the UNet and scheduler of a hub id in Hugging Face's cache."""
     if (Path(path) / "unet" / "config.json").is_file():
         return Path(path)
-    if Path(path).exists() or not HUB_ID.fullmatch(path):
+    if not is_hub_id(path):
         raise UserError(
             f"model.path: {path!r} is no diffusers pipeline (it has no unet/config.json): expected a folder with unet/ "
             "and scheduler/, or a hub id such as stabilityai/stable-diffusion-xl-base-1.0"
@@ -157,9 +163,7 @@ def pipeline_folder(path: str) -> Path:
 
     try:
         return Path(huggingface_hub.snapshot_download(path, allow_patterns=list(HUB_FILES)))
-    except (
-        Exception
-    ) as error:  # of many libraries: a hub that has no such model, asks for a token, or cannot be reached
+    except Exception as error:  # of many libraries: no such model, a token is asked for, no network
         raise UserError(
             f"model.path: there is no folder {path!r}, and the Hugging Face hub gave none of that name: "
             f"{str(error).splitlines()[0]}"
@@ -184,7 +188,8 @@ def _noise_settings(path: Path) -> dict[str, Any]:
     return {"schedule": {"kind": "ddpm", **betas}, "prediction_type": prediction_type, "preconditioning": "none"}
 
 
-def _public(config: dict[str, Any]) -> dict[str, Any]:
+def public_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A diffusers configuration without what it notes of itself (class, version, path)."""
     return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
