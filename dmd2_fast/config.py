@@ -26,11 +26,14 @@ from dmd2_fast.config_schema import (
     ModelConfig,
     OptimizerConfig,
     R1Config,
+    RatioHistogramConfig,
     RegressionConfig,
     RunConfig,
     Section,
+    SkipLayerGuidanceConfig,
     TeacherConfig,
     TeacherTrainingConfig,
+    TimeSamplingConfig,
 )
 from dmd2_fast.errors import ConfigError
 
@@ -47,10 +50,13 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "R1Config",
+    "RatioHistogramConfig",
     "RegressionConfig",
     "RunConfig",
+    "SkipLayerGuidanceConfig",
     "TeacherConfig",
     "TeacherTrainingConfig",
+    "TimeSamplingConfig",
     "load_config",
 ]
 

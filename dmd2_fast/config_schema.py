@@ -53,6 +53,21 @@ class LRSchedulerConfig:
 
 
 @dataclass(frozen=True)
+class TimeSamplingConfig:
+    """Which noise levels are drawn: kinds that act on sigma / alpha, and so mean the same for every schedule."""
+
+    kind: Literal["uniform", "log_normal", "shifted"] = "uniform"
+    """uniform over the schedule's own time; log_normal: ln(sigma / alpha) ~ N(mean, std^2), which is EDM's for Karras
+    and the logit-normal of rectified flow; shifted: uniform, then sigma / alpha times `shift` (Stable Diffusion 3)."""
+    mean: float = -1.2
+    """Mean of ln(sigma / alpha); for log_normal only. Default: EDM."""
+    std: Positive = 1.2
+    """Standard deviation of ln(sigma / alpha), > 0; for log_normal only. Default: EDM."""
+    shift: Positive = 3.0
+    """Factor of sigma / alpha, > 0; for shifted only. Default: Stable Diffusion 3."""
+
+
+@dataclass(frozen=True)
 class LoRAConfig:
     """Low-rank adapters on one frozen copy of the weights, for the generator and the fake score (Hu et al. 2021)."""
 
@@ -102,8 +117,11 @@ class GeneratorConfig:
     """Largest norm of the whole gradient, >= 0; 0 for no clipping. Default: the paper."""
     ema: Decay | None = 0.999
     """Decay of the averaged weights per generator update, in [0, 1), or null for none. Samples and exports use it."""
-    input: Literal["backward_simulation"] = "backward_simulation"
-    """Where the input of a later step comes from: the generator's own chain, as at inference (paper, section 4.5)."""
+    input: Literal["backward_simulation", "noised_data", "mixed"] = "backward_simulation"
+    """Where the input of a later step comes from: the generator's own chain, as at inference (paper, section 4.5);
+    noised real samples, as FastGen has it; or either, sample by sample. The first step's is pure noise."""
+    noised_data_share: Annotated[float, Range(gt=0, lt=1)] = 0.5
+    """Share of the samples whose input is noised real data, in (0, 1); for mixed only."""
     rollout_index: Literal["batch", "sample"] = "batch"
     """The trained step: one index for the whole batch (the paper), or one per sample out of one full chain."""
 
@@ -120,6 +138,10 @@ class FakeScoreConfig:
     """Largest norm of the whole gradient, >= 0; 0 for no clipping. Default: the paper."""
     ttur_ratio: Count = 5
     """Two time-scale rule: fake-score updates per generator update, >= 1. Default: the paper, section 4.2."""
+    t_range: tuple[Fraction, Fraction] = (0.0, 1.0)
+    """Range of noise levels of the denoising loss as fractions of the schedule, increasing. Default: the paper."""
+    time_sampling: TimeSamplingConfig = TimeSamplingConfig()
+    """How the denoising loss draws from that range."""
 
 
 @dataclass(frozen=True)
@@ -144,8 +166,25 @@ class TeacherTrainingConfig:
     """The noise schedule; it fixes the unit of `generator.steps`."""
     sigma_data: Positive | None = None
     """Standard deviation of the data for the EDM preconditioning, > 0; null measures it on the training split."""
+    prediction_type: Literal["epsilon", "sample", "v_prediction", "flow"] | None = None
+    """What the network predicts, or null for the schedule's usual one: karras sample, ddpm epsilon, rectified_flow
+    flow."""
+    preconditioning: Literal["edm", "none"] | None = None
+    """EDM's scaling around the network (karras with sample alone), or null for it where it is usual."""
+    time_sampling: TimeSamplingConfig | None = None
+    """How noise levels are drawn, or null for the usual: log_normal for karras (EDM), uniform for the others."""
     patch_size: Count = 2
     """Side of the pixel squares folded into channels before the network (pixel-unshuffle), >= 1."""
+
+
+@dataclass(frozen=True)
+class SkipLayerGuidanceConfig:
+    """Guidance away from the teacher with some of its layers left out (as in Stable Diffusion 3.5)."""
+
+    scale: Positive = 1.0
+    """s in teacher + s (conditional - conditional without the layers), > 0."""
+    layers: Annotated[tuple[str, ...], Length(1)] = ("mid_block",)
+    """Paths in the UNet of modules that give back what they got: mid_block, down_blocks.1.attentions.0, ..."""
 
 
 @dataclass(frozen=True)
@@ -154,8 +193,20 @@ class TeacherConfig:
 
     guidance_scale: NonNegative = 1.0
     """Classifier-free guidance: uncond + scale (cond - uncond); 1 runs no unconditional pass. SDXL 8, SD1.5 1.75."""
+    skip_layer_guidance: SkipLayerGuidanceConfig | None = None
+    """A further guidance of the teacher, beside or instead of the classifier-free one, or null for none."""
     training: TeacherTrainingConfig | None = None
     """How `dmd2-fast teacher` makes the teacher, or null when it comes from elsewhere."""
+
+
+@dataclass(frozen=True)
+class RatioHistogramConfig:
+    """Normalisation of f-distill's density ratio by its running mean at each noise level (arXiv 2502.15681)."""
+
+    num_bins: Count = 10
+    """Equal parts of the schedule, each with its own mean, >= 1. Default: f-distill."""
+    decay: Decay = 0.9
+    """Share of the old mean that an update keeps, in [0, 1)."""
 
 
 @dataclass(frozen=True)
@@ -164,10 +215,17 @@ class DistributionMatchingConfig:
 
     weight: NonNegative = 1.0
     """Weight of the loss in the generator's, >= 0; 0 for a GAN alone."""
-    divergence: Literal["reverse_kl"] = "reverse_kl"
-    """The divergence that is minimised; reverse KL is DMD2."""
+    divergence: Literal["reverse_kl", "kl", "js", "softened_rkl", "neyman", "squared_hellinger", "jeffreys"] = (
+        "reverse_kl"
+    )
+    """The f-divergence that is minimised; reverse KL is DMD2, the others are f-distill: each sample's gradient is
+    weighted by a function of the density ratio that the GAN head's logits at its noised sample tell."""
+    ratio_histogram: RatioHistogramConfig | None = None
+    """Normalisation of the density ratio at each noise level, or null for none; not read by reverse_kl."""
     t_range: tuple[Fraction, Fraction] = (0.02, 0.98)
     """Range of noise levels as fractions of the schedule, increasing. Default: the paper."""
+    time_sampling: TimeSamplingConfig = TimeSamplingConfig()
+    """How the loss draws from that range."""
 
 
 @dataclass(frozen=True)
@@ -193,12 +251,17 @@ class RegressionConfig:
 class R1Config:
     """The gradient penalty of the GAN head on noised real samples."""
 
-    kind: Literal["none", "approximate"] = "none"
-    """approximate: ((D(x_t) - D(x_t + s n)) / s)^2 at the same t and condition, without a double backward."""
+    kind: Literal["none", "approximate", "exact", "fastgen_compat"] = "none"
+    """approximate: ((D(x_t) - D(x_t + s n)) / s)^2 at the same t and condition, without a double backward; exact:
+    |grad D(x_t)|^2, which the former tends to; fastgen_compat: (D(x_t) - D(x0 + s n))^2 at t, which is another thing,
+    for comparisons with runs of FastGen."""
+    input: Literal["sample", "features"] = "sample"
+    """What the gradient is taken in: the noised sample, through the network that the head reads, or that network's
+    features, through the head alone. Not read by fastgen_compat."""
     weight: Positive = 1.0
     """Weight of the penalty in the fake score's loss, > 0 (half of the usual gamma)."""
     std: Positive = 0.1
-    """Size s of the perturbation as a fraction of each sample's root mean square, > 0."""
+    """Size s of the perturbation as a fraction of each sample's root mean square (fastgen_compat: as it is), > 0."""
     interval: Count = 1
     """Every how many iterations the penalty is taken, >= 1 (lazy regularisation)."""
 
@@ -213,10 +276,14 @@ class AdversarialConfig:
     """Weight of the discriminator's loss in the fake score's, >= 0. Default: the paper."""
     features: Literal["fake_score", "teacher"] = "fake_score"
     """Whose features the head reads: the fake score's, which the GAN then trains too (paper), or the teacher's."""
-    levels: Annotated[tuple[Literal["mid"], ...], Length(1)] = ("mid",)
-    """The feature maps that get a head; mid is the bottleneck (paper)."""
+    levels: Annotated[
+        tuple[Literal["mid", "down.0", "down.1", "down.2", "down.3", "down.4", "down.5"], ...], Length(1)
+    ] = ("mid",)
+    """The feature maps that get a head each; mid is the bottleneck (paper), down.i what down block i gives (LADD)."""
     t_range: tuple[Fraction, Fraction] = (0.0, 1.0)
     """Range of noise levels as fractions of the schedule, increasing. Default: the paper. Not read by shared passes."""
+    time_sampling: TimeSamplingConfig = TimeSamplingConfig()
+    """How the GAN draws from that range. Not read by shared passes."""
     r1: R1Config = R1Config()
     """The gradient penalty."""
 

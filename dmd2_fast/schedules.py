@@ -163,6 +163,20 @@ class RectifiedFlowSchedule(Schedule):
         return torch.linspace(1, 0, num_steps + 1)[:-1]
 
 
+@dataclass(frozen=True)
+class TimeSampling:
+    """Which times are drawn; the fields are config_schema.TimeSamplingConfig's."""
+
+    kind: str = "uniform"
+    mean: float = -1.2
+    std: float = 1.2
+    shift: float = 3.0
+
+    def draw(self, schedule: Schedule, u: Tensor, t_range: tuple[float, float] = (0.0, 1.0)) -> Tensor:
+        """Map uniform numbers u (N,) in (0, 1] to times (N,) within the given fractions of the schedule."""
+        return schedule.time(u, t_range)
+
+
 SCHEDULES: dict[str, type[Schedule]] = {cls.kind: cls for cls in (DDPMSchedule, KarrasSchedule, RectifiedFlowSchedule)}
 
 
