@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from dmd2_fast.config_schema import (
     TeacherTrainingConfig,
     TimeSamplingConfig,
 )
+from dmd2_fast.config_variants import VARIANTS, Combination
 from dmd2_fast.errors import ConfigError
 
 __all__ = [
@@ -69,18 +70,6 @@ num_train_timesteps
 """
 UNET2D_ARGUMENTS = frozenset(_UNET2D_ARGUMENTS.split())
 """diffusers.UNet2DModel's keyword arguments, listed so that checking a configuration does not import diffusers."""
-
-
-@dataclass(frozen=True)
-class Combination:
-    """Settings that are fine one by one and make no sense together."""
-
-    keys: tuple[str, ...]
-    """The settings concerned, dotted, without the `dmd2_fast.` prefix."""
-    clashes: Callable[[Config], bool]
-    """Whether a configuration has the combination."""
-    reason: str
-    """Why it makes no sense, and what to do."""
 
 
 def _not_decreasing(values: Sequence[float]) -> bool:
@@ -266,6 +255,7 @@ COMBINATIONS: tuple[Combination, ...] = (
         _overlapping_folders,
         "the run folder holds the teacher's or the data's, which --fresh would move away with it: give it its own",
     ),
+    *VARIANTS,
 )
 """Every combination that is refused. Allowed on purpose: a discriminator without a generator weight (it warms up, and
 its features train the fake score); shared passes with teacher features (the generator's logits come from the teacher's

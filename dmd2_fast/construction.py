@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .algorithm import Algorithm
 from .config import Config, ModelConfig
 from .config_deepspeed import is_bf16
 from .denoiser import Denoiser
-from .distillation import FakeScore
 from .engine import Trained, engine_settings
 from .errors import UserError
+from .fake_score import FakeScore
 from .heads import GANHeads
 from .networks import build_without_weights, check_shapes, prepare_network, tensor_shapes
 from .networks.source import Source, open_source, open_start
@@ -58,42 +59,49 @@ class Partitioner:
         owner._parameters[name] = parameter
 
 
-def build_networks(
-    config: Config, levels: tuple[str, ...], own_levels: tuple[str, ...], rank: Rank
-) -> tuple[Denoiser, FakeScore, Denoiser]:
+def build_networks(config: Config, algorithm: Algorithm, rank: Rank) -> tuple[Denoiser, FakeScore, Denoiser]:
     """(generator, fake score, teacher), sharded, for the engines. Collective.
 
-    All start as the teacher's weights, or the first two as those of `run.start_from`; the GAN head on the features of
-    `levels` (none: no head) from the run's seed.
+    All start as the teacher's weights, or the first two as those of `run.start_from`; the GAN head from the run's seed.
+    Where the algorithm keeps no fake score, there is the head alone.
     """
-    sources = _sources(config, rank)
+    sources = _sources(config, algorithm, rank)
     # One for each network: on NVMe each has a folder, which is emptied when it starts.
     fills = [Partitioner(config, network, rank.device) for _, network in sources]
     generator, fake, teacher = (
-        sharded_denoiser(source, config.model, fill, rank) for (source, _), fill in zip(sources, fills, strict=True)
+        None if source is None else sharded_denoiser(source, config.model, fill, rank)
+        for (source, _), fill in zip(sources, fills, strict=True)
     )
-    return generator, FakeScore(fake, _heads(config, teacher, levels, fills[1]), own_levels), teacher
+    assert generator is not None and teacher is not None
+    return generator, FakeScore(fake, _heads(config, teacher, algorithm, fills[1]), algorithm.own_levels), teacher
 
 
-def build_base(config: Config, levels: tuple[str, ...], rank: Rank) -> tuple[Denoiser, GANHeads | None]:
+def build_base(config: Config, algorithm: Algorithm, rank: Rank) -> tuple[Denoiser, GANHeads | None]:
     """(the teacher, on which adapters come, the GAN head), sharded, for `LoRAEngines`. Collective."""
     source = from_main(rank, lambda: open_source(config.model))
     base = sharded_denoiser(source, config.model, Partitioner(config, None, rank.device), rank)
-    return base, _heads(config, base, levels, Partitioner(config, config.fake_score, rank.device))
+    return base, _heads(config, base, algorithm, Partitioner(config, config.fake_score, rank.device))
 
 
-def _heads(config: Config, teacher: Denoiser, levels: tuple[str, ...], fill: Fill) -> GANHeads | None:
-    if not levels:
+def _heads(config: Config, teacher: Denoiser, algorithm: Algorithm, fill: Fill) -> GANHeads | None:
+    if not algorithm.adversarial:
         return None
-    return sharded_heads(tuple(teacher.network.feature_shape(level) for level in levels), config.run.seed, fill)
+    shapes = tuple(teacher.network.feature_shape(level) for level in algorithm.levels)
+    return sharded_heads(shapes, config.run.seed, fill)
 
 
-def _sources(config: Config, rank: Rank) -> list[tuple[Source, Trained | None]]:
+def _sources(config: Config, algorithm: Algorithm, rank: Rank) -> list[tuple[Source | None, Trained | None]]:
+    """Where generator, fake score (None: there is none) and teacher come from, with their settings."""
     model, start = config.model, config.run.start_from
     usual = from_main(rank, lambda: open_source(model))
-    if start is None:
-        return [(usual, config.generator), (usual, config.fake_score), (usual, None)]
-    generator, fake_score = from_main(rank, lambda: [open_start(model, start, n) for n in ("generator", "fake_score")])
+    generator: Source = usual
+    fake_score: Source | None = usual
+    if start is not None:
+        generator = from_main(rank, lambda: open_start(model, start, "generator"))
+    if not algorithm.keeps_fake_score:
+        fake_score = None
+    elif start is not None:
+        fake_score = from_main(rank, lambda: open_start(model, start, "fake_score"))
     return [(generator, config.generator), (fake_score, config.fake_score), (usual, None)]
 
 

@@ -9,6 +9,8 @@ The network may run in bf16; predictions leave in f32, because the difference of
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +22,21 @@ Condition = Mapping[str, Tensor]
 """What a network is conditioned on: tensors of N rows by name, e.g. {"class_labels": (N,) int64}."""
 
 
+@dataclass(frozen=True)
+class SkipLayers:
+    """Rows first, ..., last - 1 of a batch pass the layers at these paths of the network by (networks/skip.py)."""
+
+    layers: tuple[str, ...]
+    first: int
+    last: int
+
+
 class Denoiser(nn.Module):
     """`forward(x_t (N, *), t (N,), condition, ...)` -> (prediction (rows, *) f32 or None, features).
 
     Args of forward: `decode_rows`, only the first rows get a prediction (None: all, 0: the decoder does not run);
-    `decode_grad=False`, no graph through the decoder; `levels`, names of the features wanted.
+    `decode_grad=False`, no graph through the decoder; `levels`, names of the features wanted; `skip`, rows that pass
+    some layers by.
     """
 
     def __init__(self, network: nn.Module, schedule: Schedule, prediction_type: str, preconditioning: str = "none"):
@@ -63,8 +75,11 @@ class Denoiser(nn.Module):
         decode_rows: int | None = None,
         decode_grad: bool = True,
         levels: tuple[str, ...] = (),
+        skip: SkipLayers | None = None,
     ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
-        options = {"decode_rows": decode_rows, "decode_grad": decode_grad, "levels": levels}
+        options: dict[str, Any] = {"decode_rows": decode_rows, "decode_grad": decode_grad, "levels": levels}
+        if skip is not None:
+            options["skip"] = skip
         if self.preconditioning == "none":
             output, features = self.network(x_t, t, condition, **options)
             return (None if output is None else output.float()), features
@@ -78,8 +93,8 @@ class Denoiser(nn.Module):
         rows = len(output)
         sigma, norm = sigma[:rows], norm[:rows]
         c_skip, c_out = (sigma_data / norm) ** 2, sigma * sigma_data / norm
-        skip = x_t[:rows] if decode_grad else x_t[:rows].detach()
-        return c_skip * skip.float() + c_out * output.float(), features
+        kept = x_t[:rows] if decode_grad else x_t[:rows].detach()
+        return c_skip * kept.float() + c_out * output.float(), features
 
 
 def concat_conditions(*conditions: Condition) -> Condition:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from .config import Config, FakeScoreConfig, GeneratorConfig
 from .config_deepspeed import is_bf16, offloaded_to
 from .denoiser import Denoiser
-from .distillation import FakeScore, Networks
+from .distillation import Networks
+from .fake_score import FakeScore
 from .optimization import make_optimizer, optimizer_name
 from .shards import Traces, WholeNetwork, copied_shard, masters, whole_on_cpu, write_shards
 

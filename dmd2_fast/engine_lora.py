@@ -14,19 +14,21 @@ from typing import Any
 import torch
 from torch import nn
 
+from .algorithm import Algorithm
 from .config import Config
 from .denoiser import Denoiser
-from .distillation import FakeScore, Networks
+from .distillation import Networks
 from .engine import Engines, frozen, make_engine
+from .fake_score import FakeScore
 from .heads import GANHeads
-from .networks.lora import AdaptedDenoiser, SharedBase
+from .networks.lora import ADAPTERS, AdaptedDenoiser, SharedBase
 from .shards import Traces, WholeNetwork
 
 
 class LoRAEngines(Engines):
     """Generator and fake score on `base`, which they share with the teacher; adapters drawn from the run's seed."""
 
-    def __init__(self, config: Config, base: Denoiser, heads: GANHeads | None, levels: tuple[str, ...]):
+    def __init__(self, config: Config, base: Denoiser, heads: GANHeads | None, algorithm: Algorithm):
         assert config.model.lora is not None
         self.schedule, self.prediction_type = base.schedule, base.prediction_type
         self.unconditional = base.unconditional
@@ -34,12 +36,14 @@ class LoRAEngines(Engines):
         self.whole = {}  # no network of its own is gathered: the base is
         self.whole_base = None if self.gather == "module" else WholeNetwork(base)
         self.base_parameters = dict(base.named_parameters())
-        self.base = SharedBase(base, config.model.lora)
+        kept = ADAPTERS if algorithm.keeps_fake_score else ADAPTERS[:1]
+        self.base = SharedBase(base, config.model.lora, kept)
         self.teacher = make_engine(config, base.requires_grad_(False).eval(), None)
         torch.manual_seed(config.run.seed)  # alike on all ranks
         self.base.inject(None if self.whole_base is None else self.whole_base.module)
         generator = AdaptedDenoiser(self.base, "generator")
-        fake_score = FakeScore(AdaptedDenoiser(self.base, "fake_score"), heads, levels)
+        fake = AdaptedDenoiser(self.base, "fake_score") if algorithm.keeps_fake_score else None
+        fake_score = FakeScore(fake, heads, algorithm.own_levels)
         self.generator = make_engine(config, generator, config.generator)
         self.fake_score = make_engine(config, fake_score, config.fake_score)
         self.traces = {engine: Traces(engine) for engine in (self.generator, self.fake_score, self.teacher)}

@@ -30,7 +30,7 @@ from .grids import save_grid, save_samples
 from .metrics import NEIGHBOURS, Reference
 from .networks import load_denoiser
 from .random import NoiseKey
-from .rollout import denoiser_of, initial_noise, sample_ode
+from .rollout import UNGUIDED, Guidance, denoiser_of, initial_noise, sample_ode
 from .runs import load_run_config, read_json, write_json
 
 TEACHER_ROWS = ((35, True), (8, False), (4, False), (1, False))
@@ -55,12 +55,18 @@ def load_reference(config: Config) -> Reference:
 
 
 def sample_teacher(
-    teacher: Denoiser, class_labels: Tensor, evaluations: int, *, heun: bool, guidance_scale: float = 1.0, seed: int = 0
+    teacher: Denoiser,
+    class_labels: Tensor,
+    evaluations: int,
+    *,
+    heun: bool,
+    guidance: Guidance = UNGUIDED,
+    seed: int = 0,
 ) -> Tensor:
     """Images (N, C, H, W) f32 in [-1, 1] of a teacher by the probability-flow ODE, from pure noise down to 0."""
     device = next(teacher.parameters()).device
     times = teacher.schedule.sampling_times((evaluations + 1) // 2 if heun else evaluations).to(device)
-    denoise, key = denoiser_of(teacher, guidance_scale), NoiseKey(seed, step=SAMPLING_STEP)
+    denoise, key = denoiser_of(teacher, guidance), NoiseKey(seed, step=SAMPLING_STEP)
     ids, parts = torch.arange(len(class_labels), device=device), []
     for labels, part in zip(class_labels.to(device).split(BATCH_SIZE), ids.split(BATCH_SIZE), strict=True):
         x = initial_noise(teacher.schedule, times, part, teacher.network.image_shape, key)
@@ -76,9 +82,9 @@ class _Row:
 
 
 def _rows(config: Config, teacher: Denoiser, generator: FewStepGenerator) -> list[_Row]:
-    rows, seed, scale = [], config.run.seed, config.teacher.guidance_scale
+    rows, seed, guidance = [], config.run.seed, Guidance.from_config(config)
     for evaluations, heun in TEACHER_ROWS:
-        options: dict[str, Any] = {"evaluations": evaluations, "heun": heun, "guidance_scale": scale, "seed": seed}
+        options: dict[str, Any] = {"evaluations": evaluations, "heun": heun, "guidance": guidance, "seed": seed}
         rows.append(_Row("teacher", evaluations, partial(sample_teacher, teacher, **options)))
     undistilled = FewStepGenerator(teacher, generator.steps)
     num_steps = len(generator.steps)

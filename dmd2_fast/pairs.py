@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from .locks import acquire
 from .networks import load_denoiser
 from .preflight import check_data
 from .random import NoiseKey, Stream, philox_normal
-from .rollout import denoiser_of, sample_ode
+from .rollout import Guidance, denoiser_of, sample_ode
 from .runs import read_json, write_json
 
 SETTINGS_FILE = "pairs.json"
@@ -60,17 +60,21 @@ def make_pairs(config: Config, options: PairsOptions) -> Path:
     if config.regression.path is None:
         raise ConfigError("regression.path is null: it names the folder that the pairs are written to.")
     folder = Path(config.regression.path)
-    scale = config.teacher.guidance_scale if options.guidance_scale is None else options.guidance_scale
+    guidance = Guidance.from_config(config)
+    if options.guidance_scale is not None:
+        guidance = replace(guidance, scale=options.guidance_scale)
     settings = {
         "model": config.model.path, "data": config.data.path, "seed": config.run.seed, "num": options.num,
-        "num_steps": options.num_steps, "guidance_scale": scale,
+        "num_steps": options.num_steps, "guidance_scale": guidance.scale,
     }  # fmt: skip
+    if guidance.skip_scale:
+        settings["skip_layer_guidance"] = [guidance.skip_scale, *guidance.skip_layers]
     _claim(folder, settings)
     with acquire(folder / ".lock", str(folder)):
         if not (folder / DESCRIPTION).is_file():
             dataset = open_dataset(config.data.kind, config.data.path, "train")
             try:
-                _write(config, options, scale, folder, dataset)
+                _write(config, options, guidance, folder, dataset)
             finally:
                 dataset.close()
     return folder
@@ -92,7 +96,7 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
         write_json(folder / SETTINGS_FILE, settings)
 
 
-def _write(config: Config, options: PairsOptions, scale: float, folder: Path, dataset: Dataset) -> None:
+def _write(config: Config, options: PairsOptions, guidance: Guidance, folder: Path, dataset: Dataset) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher = load_denoiser(config.model)
     check_data(config, teacher, "train", dataset)
@@ -107,7 +111,9 @@ def _write(config: Config, options: PairsOptions, scale: float, folder: Path, da
             if path.exists():
                 bar.update(last - first)
                 continue
-            samples = _samples(config, options.num_steps, scale, teacher, dataset, range(first, last), batch_size, bar)
+            samples = _samples(
+                config, options.num_steps, guidance, teacher, dataset, range(first, last), batch_size, bar
+            )
             write_shard(path, _members(samples, first))
     _write_unconditional(config, teacher, folder)
     shape = list(teacher.network.image_shape)
@@ -129,7 +135,7 @@ def _give_unconditional(teacher: Denoiser, dataset: Dataset) -> None:
 def _samples(
     config: Config,
     num_steps: int,
-    scale: float,
+    guidance: Guidance,
     teacher: Denoiser,
     dataset: Dataset,
     indices: range,
@@ -140,7 +146,7 @@ def _samples(
     device = next(teacher.parameters()).device
     shape, schedule = teacher.network.image_shape, teacher.schedule
     times = schedule.sampling_times(num_steps).to(device)
-    denoise, heun = denoiser_of(teacher, scale), schedule.kind == "karras"
+    denoise, heun = denoiser_of(teacher, guidance), schedule.kind == "karras"
     key = NoiseKey(config.run.seed, step=PAIRS_STEP, stream=Stream.GENERATOR_INPUT)
     for start in range(indices.start, indices.stop, batch_size):
         ids = torch.arange(start, min(start + batch_size, indices.stop))

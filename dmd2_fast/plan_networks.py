@@ -97,27 +97,30 @@ def build(config: Config, base: Denoiser) -> MetaNetworks:
             raise UserError(f"adversarial.levels: {error}") from None
     if config.model.lora is not None:
         return _with_adapters(config, teacher, heads, algorithm)
-    generator, fake = copy.deepcopy(teacher), copy.deepcopy(teacher)
+    generator = copy.deepcopy(teacher)
+    fake = copy.deepcopy(teacher) if algorithm.keeps_fake_score else None
     teacher.requires_grad_(False)
     fake_score = FakeScore(fake, heads, algorithm.own_levels)
     owners = {"generator": generator, "fake_score": fake_score, "teacher": teacher}
     parameters = {name: list(module.parameters()) for name, module in owners.items()}
-    unets = [denoiser.network.unet for denoiser in (generator, fake, teacher)]
+    unets = [denoiser.network.unet for denoiser in (generator, fake, teacher) if denoiser is not None]
     return MetaNetworks(generator, fake_score, teacher, teacher, unets, owners, parameters)
 
 
 def _with_adapters(config: Config, base: Denoiser, heads: GANHeads | None, algorithm: Algorithm) -> MetaNetworks:
-    from .networks.lora import AdaptedDenoiser, SharedBase
+    from .networks.lora import ADAPTERS, AdaptedDenoiser, SharedBase
 
     lora = config.model.lora
     assert lora is not None
     own = list(base.requires_grad_(False).parameters())
-    shared, dtype = SharedBase(base, lora), own[0].dtype
+    kept = ADAPTERS if algorithm.keeps_fake_score else ADAPTERS[:1]
+    shared, dtype = SharedBase(base, lora, kept), own[0].dtype
     with META:
         shared.inject()
     base.to(dtype)
     generator = AdaptedDenoiser(shared, "generator")
-    fake_score = FakeScore(AdaptedDenoiser(shared, "fake_score"), heads, algorithm.own_levels)
+    fake = AdaptedDenoiser(shared, "fake_score") if algorithm.keeps_fake_score else None
+    fake_score = FakeScore(fake, heads, algorithm.own_levels)
 
     def teacher(*arguments: Any, **options: Any) -> Any:
         return shared(None, *arguments, **options)

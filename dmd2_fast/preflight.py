@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+from .algorithm import Algorithm
 from .config import Config
 from .data.dataset import Dataset, ImageDataset, open_dataset
 from .data.latents import LATENTS, NOISE, Description, LatentDataset, read_description
@@ -18,6 +19,7 @@ from .denoiser import Denoiser
 from .errors import ConfigError, DataError
 from .networks import build_without_weights, check_shapes, tensor_shapes
 from .networks.lora import check_targets
+from .networks.skip import check_layers
 from .networks.source import open_source, open_start
 from .pipeline import NAMES as ENCODER_NAMES
 
@@ -52,6 +54,11 @@ def check_teacher(config: Config, teacher: Denoiser) -> None:
             teacher.network.feature_shape(level)
     except ValueError as error:
         raise ConfigError(f"adversarial.levels do not fit the network of {path}: {error}") from None
+    if config.teacher.skip_layer_guidance is not None:
+        try:
+            check_layers(teacher.network.unet, config.teacher.skip_layer_guidance.layers)
+        except ValueError as error:
+            raise ConfigError(f"teacher.skip_layer_guidance.layers: {error} ({path}).") from None
     if config.model.lora is not None:
         check_targets(teacher.network.unet, config.model.lora)
 
@@ -138,6 +145,11 @@ def check_latents(config: Config, teacher: Denoiser, data: LatentDataset | Descr
             "images to tell from generated ones: set adversarial.generator_weight and discriminator_weight to 0, or "
             "prepare images with captions (dmd2-fast prepare --images)."
         )
+    if LATENTS not in data.shapes and config.generator.input != "backward_simulation":
+        raise ConfigError(
+            f"generator.input is {config.generator.input}, but {folder} holds prompts alone, and there are no real "
+            'images to noise: set it "backward_simulation", or prepare images (dmd2-fast prepare --images).'
+        )
 
 
 def _fits(found: tuple[int, ...], shape: tuple[int | None, ...]) -> bool:
@@ -162,7 +174,8 @@ def check_images(config: Config, teacher: Denoiser, split: str, image_shape: tup
 def _teacher_without_weights(config: Config) -> Denoiser:
     sources = [open_source(config.model)]
     if config.run.start_from is not None:
-        sources += [open_start(config.model, config.run.start_from, name) for name in ("generator", "fake_score")]
+        started = ("generator", "fake_score")[: 2 if Algorithm.from_config(config).keeps_fake_score else 1]
+        sources += [open_start(config.model, config.run.start_from, name) for name in started]
     teacher = build_without_weights(sources[0].settings)
     for source in sources:
         check_shapes(

@@ -48,6 +48,8 @@ class Stream(IntEnum):
     ROLLOUT_INDEX = 11
     GENERATOR_INPUT = 12
     PAIR_ORDER = 13
+    INPUT_SOURCE = 14
+    INPUT_NOISE = 15
     ROLLOUT_STEP = 16
     """Rollout step i draws from ROLLOUT_STEP + i, up to 47."""
     USER = 64

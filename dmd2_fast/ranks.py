@@ -105,6 +105,14 @@ def reduce_mean(values: Tensor) -> Tensor:
     return values
 
 
+def all_sum(values: Tensor) -> Tensor:
+    """The sum over ranks, on all of them; one rank's own. Collective."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        values = values.clone()
+        dist.all_reduce(values)
+    return values
+
+
 def any_rank(flag: bool, device: torch.device) -> bool:
     """Whether any rank raised the flag. Collective; a host read."""
     if not dist.is_initialized() or dist.get_world_size() == 1:

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .denoiser import Condition, Denoiser, concat_conditions
-from .ops.noise import predict_x0, renoise
+from .denoiser import Condition, Denoiser, SkipLayers, concat_conditions
+from .ops.noise import add_noise, predict_x0, renoise
 from .random import NoiseKey, Stream, philox_normal, philox_uniform
 from .schedules import Schedule
 
@@ -101,26 +103,81 @@ def generator_input(
     index = rollout_index(len(steps), mode, sample_ids, key)
     chosen = x
     for i, x_i in zip(range(len(steps)), inputs, strict=False):
-        chosen = torch.where((index == i).reshape(-1, *[1] * len(shape)), x_i, chosen)
+        chosen = torch.where(_rows(index == i, x_i), x_i, chosen)
     return chosen, steps[index]
 
 
-def guided(teacher: Denoiser, guidance_scale: float) -> Predict:
-    """The teacher's prediction with classifier-free guidance in one batched forward; scale 1 is the plain one."""
+@torch.no_grad()
+def noised_data_input(
+    schedule: Schedule, steps: Tensor, x0: Tensor, sample_ids: Tensor, key: NoiseKey, *, mode: str = "batch"
+) -> tuple[Tensor, Tensor]:
+    """The same from real samples x0 (N, *): noised to a step's time, and pure noise where that is the first step.
+
+    No forwards. The step indices are those of `generator_input`.
+    """
+    index = rollout_index(len(steps), mode, sample_ids, key)
+    t = steps[index]
+    alpha, sigma = schedule.coefficients(t)
+    x_t = add_noise(x0.float(), alpha, sigma, key=key.fork(Stream.INPUT_NOISE), sample_ids=sample_ids)
+    noise = initial_noise(schedule, steps, sample_ids, tuple(x0.shape[1:]), key)
+    return torch.where(_rows(index == 0, x0), noise, x_t), t
+
+
+def from_data(share: float, sample_ids: Tensor, key: NoiseKey) -> Tensor:
+    """Which samples (N,) bool of a mixed input are noised data: each with this probability."""
+    return philox_uniform(sample_ids, (1,), key.fork(Stream.INPUT_SOURCE))[:, 0] <= share
+
+
+def _rows(mask: Tensor, x: Tensor) -> Tensor:
+    """mask (N,) for use beside x (N, *)."""
+    return mask.reshape(-1, *[1] * (x.ndim - 1))
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How a teacher's prediction is guided, in any prediction type: the formulas are linear in it.
+
+    uncond + scale (cond - uncond) + skip_scale (cond - without layers); scale 1 and skip_scale 0 leave theirs out.
+    """
+
+    scale: float = 1.0
+    skip_scale: float = 0.0
+    skip_layers: tuple[str, ...] = ()
+
+    @classmethod
+    def from_config(cls, config: Any) -> Guidance:
+        """A run's, from its config's section `teacher`."""
+        skip = config.teacher.skip_layer_guidance
+        if skip is None:
+            return cls(config.teacher.guidance_scale)
+        return cls(config.teacher.guidance_scale, skip.scale, tuple(skip.layers))
+
+
+UNGUIDED = Guidance()
+
+
+def guided(teacher: Denoiser, guidance: Guidance = UNGUIDED) -> Predict:
+    """The teacher's guided prediction (N, *) in one batched forward."""
 
     def predict(x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        if guidance_scale == 1.0:
-            return teacher.predict(x_t, t, condition)
-        both = concat_conditions(condition, teacher.unconditional(condition))
-        cond, uncond = teacher.predict(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
-        return uncond + guidance_scale * (cond - uncond)
+        n, conditions, options = len(x_t), [condition], {}
+        if guidance.scale != 1.0:
+            conditions.append(teacher.unconditional(condition))
+        if guidance.skip_scale:
+            options["skip"] = SkipLayers(guidance.skip_layers, n * len(conditions), n * (len(conditions) + 1))
+            conditions.append(condition)
+        num = len(conditions)
+        rows = teacher(torch.cat([x_t] * num), torch.cat([t] * num), concat_conditions(*conditions), **options)[0]
+        cond, *others = rows.chunk(num)
+        result = cond if guidance.scale == 1.0 else others[0] + guidance.scale * (cond - others[0])
+        return result + guidance.skip_scale * (cond - others[-1]) if guidance.skip_scale else result
 
     return predict
 
 
-def denoiser_of(teacher: Denoiser, guidance_scale: float = 1.0) -> Predict:
-    """x0 (N, *) f32 of the (guided) teacher at (x_t, t, condition)."""
-    predict = guided(teacher, guidance_scale)
+def denoiser_of(teacher: Denoiser, guidance: Guidance = UNGUIDED) -> Predict:
+    """x0 (N, *) f32 of the guided teacher at (x_t, t, condition)."""
+    predict = guided(teacher, guidance)
 
     def denoise(x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         alpha, sigma = teacher.schedule.coefficients(t)

@@ -35,6 +35,7 @@ from .engine_lora import LoRAEngines
 from .errors import UserError
 from .evaluation import evaluate_run, has_test_split
 from .export import FewStepGenerator, save_fake_score, save_generator
+from .f_divergence import Divergence
 from .failures import DivergedError, diagnosis, exit_code
 from .meters import Clock, Metrics
 from .networks import describe_network
@@ -44,6 +45,7 @@ from .previews import make_previews
 from .random import NoiseKey
 from .ranks import (
     Rank,
+    all_sum,
     any_rank,
     from_main,
     init_distributed,
@@ -66,6 +68,7 @@ class Trainer:
     def __init__(self, config: Config, run: RunFolder, rank: Rank):
         self.config, self.run, self.rank = config, run, rank
         self.algorithm = Algorithm.from_config(config)
+        self.divergence = Divergence.of(self.algorithm, all_sum)
         self._build_networks()
         self.iteration = 0
         self.skipped = {"generator": 0, "fake_score": 0}
@@ -89,13 +92,12 @@ class Trainer:
     def _build_networks(self) -> None:
         """Generator and fake score start as copies of the teacher, or of an earlier run's; all are sharded."""
         config, algorithm = self.config, self.algorithm
-        levels = algorithm.levels if algorithm.adversarial else ()
         if config.model.lora is not None:
-            teacher, heads = build_base(config, levels, self.rank)
+            teacher, heads = build_base(config, algorithm, self.rank)
             check_teacher(config, teacher)
-            self.engines: Engines = LoRAEngines(config, teacher, heads, algorithm.own_levels)
+            self.engines: Engines = LoRAEngines(config, teacher, heads, algorithm)
         else:
-            generator, fake_score, teacher = build_networks(config, levels, algorithm.own_levels, self.rank)
+            generator, fake_score, teacher = build_networks(config, algorithm, self.rank)
             check_teacher(config, teacher)
             self.engines = Engines(config, generator, fake_score, teacher)
         self.denoiser = teacher
@@ -116,6 +118,8 @@ class Trainer:
         self.iteration, self.skipped = state["iteration"], dict(state["skipped"])
         self.in_a_row = dict(state["in_a_row"])
         self.generator_updates, self.seconds_before = state["generator_updates"], state["seconds"]
+        if self.divergence is not None:
+            self.divergence.bins = torch.tensor(state["ratio_bins"])
         # A line counts finished iterations: the one of the checkpoint's own iteration stays.
         on_main(self.rank, lambda: self.run.truncate_metrics(self.iteration + 1))
         if self.rank.is_main:
@@ -158,6 +162,7 @@ class Trainer:
             "generator_updates": self.generator_updates,
             "seconds": self.seconds(),
             "seed": self.config.run.seed,
+            **({} if self.divergence is None else {"ratio_bins": self.divergence.bins.tolist()}),
         }
 
     def seconds(self) -> float:
@@ -226,8 +231,9 @@ class Trainer:
         with self.engines.for_generator() as (networks, rollout):
             for batch, pairs in zip(micro_batches, self._pairs(len(micro_batches)), strict=True):
                 loss, x, metrics = generator_loss(
-                    networks, self.algorithm, batch, key, rollout=rollout, pairs=pairs, measure=self.measure
-                )
+                    networks, self.algorithm, batch, key, rollout=rollout, pairs=pairs, measure=self.measure,
+                    divergence=self.divergence,
+                )  # fmt: skip
                 engine.backward(poison_if_not_finite(loss))
                 self.metrics.add(metrics)
                 samples.append(x)
@@ -348,7 +354,7 @@ class Trainer:
         if keep:
             path = self.run.path / "generator.safetensors"
             save_generator(path, state, self.denoiser, self.algorithm.steps, model=config.model, **facts)
-        if config.model.lora is None:
+        if config.model.lora is None and self.algorithm.keeps_fake_score:
             state = full_state_dict(self.engines.fake_score, keep)
             if keep:
                 save_fake_score(self.run.path / "fake_score.safetensors", state)

@@ -177,7 +177,7 @@ def plain_run(
     if algorithm.adversarial:
         torch.manual_seed(config.run.seed)
         heads = GANHeads(tuple(teacher.network.feature_shape(level) for level in algorithm.levels))
-    fake_score = FakeScore(fake, heads, algorithm.own_levels)
+    fake_score = FakeScore(fake if algorithm.keeps_fake_score else None, heads, algorithm.own_levels)
     teacher.requires_grad_(False)
     networks = Networks(
         generator, fake_score, teacher, teacher.schedule, teacher.prediction_type, teacher.unconditional

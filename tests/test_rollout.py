@@ -5,7 +5,16 @@ import torch
 from tiny import SHAPE, random_batch, tiny_denoiser
 
 from dmd2_fast.random import NoiseKey, philox_normal, philox_uniform
-from dmd2_fast.rollout import denoiser_of, generator_input, guided, initial_noise, rollout_index, sample, sample_ode
+from dmd2_fast.rollout import (
+    Guidance,
+    denoiser_of,
+    generator_input,
+    guided,
+    initial_noise,
+    rollout_index,
+    sample,
+    sample_ode,
+)
 from dmd2_fast.schedules import DDPMSchedule, KarrasSchedule, RectifiedFlowSchedule
 
 KEY = NoiseKey(7, step=3)
@@ -136,7 +145,7 @@ def test_guidance_is_one_batched_forward():
     t, calls = torch.full((4,), 0.7), []
     handle = denoiser.register_forward_hook(lambda *_: calls.append(1))
     with torch.no_grad():
-        got = guided(denoiser, 3.0)(batch.x0, t, batch.condition)
+        got = guided(denoiser, Guidance(3.0))(batch.x0, t, batch.condition)
         handle.remove()
         cond = denoiser.predict(batch.x0, t, batch.condition)
         uncond = denoiser.predict(batch.x0, t, {"class_labels": torch.full((4,), 10)})

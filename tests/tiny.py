@@ -49,10 +49,10 @@ def tiny_networks(algorithm: Algorithm, schedule: str = "karras", prediction_typ
     """Generator, fake score with its head and frozen teacher, all different, as plain modules."""
     generator, fake, teacher = (tiny_denoiser(seed, schedule, prediction_type) for seed in (1, 2, 3))
     torch.manual_seed(4)
-    heads = GANHeads((teacher.network.feature_shape("mid"),)) if algorithm.adversarial else None
+    heads = GANHeads(tuple(map(teacher.network.feature_shape, algorithm.levels))) if algorithm.adversarial else None
     return Networks(
         generator,
-        FakeScore(fake, heads, algorithm.own_levels),
+        FakeScore(fake if algorithm.keeps_fake_score else None, heads, algorithm.own_levels),
         teacher.requires_grad_(False),
         teacher.schedule,
         prediction_type,

@@ -64,14 +64,14 @@ class SharedBase:
     Calls go to `module`: the denoiser as it is, or a copy of it for as long as an engine keeps its weights gathered.
     """
 
-    def __init__(self, denoiser: Denoiser, lora: LoRAConfig):
+    def __init__(self, denoiser: Denoiser, lora: LoRAConfig, adapters: tuple[str, ...] = ADAPTERS):
         self.denoiser = self.module = denoiser
-        self.lora = lora
+        self.lora, self.adapters = lora, adapters
         self.active: list[str] = []  # this very list is every layer's list of active adapters
         self.checkpointed: list[nn.Module] = []
 
     def inject(self, copy: nn.Module | None = None) -> None:
-        """Put both adapters' layers into the denoiser, and the same ones into a hook-free `copy` of it.
+        """Put the adapters' layers into the denoiser, and the same ones into a hook-free `copy` of it.
 
         A is drawn by torch's generator: seed it alike on all ranks. B is zero.
         """
@@ -94,7 +94,7 @@ class SharedBase:
         )
         with _shaped_weights(unet, shapes), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # the first adapter's
-            for adapter in ADAPTERS:
+            for adapter in self.adapters:
                 inject_adapter_in_model(config, unet, adapter_name=adapter)
         for layer in _layers(unet):
             layer._active_adapter = self.active

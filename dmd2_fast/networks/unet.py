@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..denoiser import Condition
+from ..denoiser import Condition, SkipLayers
+from .skip import skipping
 
 RECOMPILE_LIMIT = 128
 """Blocks of a class share dynamo's cache: a dozen widths, by half a dozen row counts, with gradients and without."""
@@ -34,6 +35,7 @@ class UNet(nn.Module):
     """`forward(x (N, C, H, W), t (N,), condition, ...)` -> (output of the first `decode_rows` rows or None, features).
 
     `levels` names the features wanted: "mid" (the bottleneck, after the middle block) or "down.i" (after down block i).
+    `skip`: rows that pass some layers by.
     Subclasses embed time and condition, and say what stands for no condition.
     """
 
@@ -132,6 +134,19 @@ class UNet(nn.Module):
         decode_rows: int | None = None,
         decode_grad: bool = True,
         levels: tuple[str, ...] = (),
+        skip: SkipLayers | None = None,
+    ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+        with skipping(self.unet, skip):
+            return self._forward(x, t, condition, decode_rows, decode_grad, levels)
+
+    def _forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        condition: Condition,
+        decode_rows: int | None,
+        decode_grad: bool,
+        levels: tuple[str, ...],
     ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
         unet = self.unet
         x = x.to(unet.conv_in.weight.dtype)
