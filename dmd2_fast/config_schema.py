@@ -18,6 +18,8 @@ Decay = Annotated[float, Range(ge=0, lt=1)]
 Count = Annotated[int, Range(ge=1)]
 CountOrZero = Annotated[int, Range(ge=0)]
 Seed = Annotated[int, Range(ge=0, lt=2**63)]
+Divergence = Literal["reverse_kl", "kl", "js", "softened_rkl", "neyman", "squared_hellinger", "jeffreys"]
+Level = Literal["mid", "down.0", "down.1", "down.2", "down.3", "down.4", "down.5"]
 
 
 @dataclass(frozen=True)
@@ -215,9 +217,7 @@ class DistributionMatchingConfig:
 
     weight: NonNegative = 1.0
     """Weight of the loss in the generator's, >= 0; 0 for a GAN alone."""
-    divergence: Literal["reverse_kl", "kl", "js", "softened_rkl", "neyman", "squared_hellinger", "jeffreys"] = (
-        "reverse_kl"
-    )
+    divergence: Divergence = "reverse_kl"
     """The f-divergence that is minimised; reverse KL is DMD2, the others are f-distill: each sample's gradient is
     weighted by a function of the density ratio that the GAN head's logits at its noised sample tell."""
     ratio_histogram: RatioHistogramConfig | None = None
@@ -276,9 +276,7 @@ class AdversarialConfig:
     """Weight of the discriminator's loss in the fake score's, >= 0. Default: the paper."""
     features: Literal["fake_score", "teacher"] = "fake_score"
     """Whose features the head reads: the fake score's, which the GAN then trains too (paper), or the teacher's."""
-    levels: Annotated[
-        tuple[Literal["mid", "down.0", "down.1", "down.2", "down.3", "down.4", "down.5"], ...], Length(1)
-    ] = ("mid",)
+    levels: Annotated[tuple[Level, ...], Length(1)] = ("mid",)
     """The feature maps that get a head each; mid is the bottleneck (paper), down.i what down block i gives (LADD)."""
     t_range: tuple[Fraction, Fraction] = (0.0, 1.0)
     """Range of noise levels as fractions of the schedule, increasing. Default: the paper. Not read by shared passes."""

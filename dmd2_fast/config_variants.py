@@ -64,12 +64,6 @@ def _unread_sampling(path: str, section: Callable[[Config], Any]) -> Combination
 
 VARIANTS: tuple[Combination, ...] = (
     Combination(
-        ("passes", "distribution_matching.weight"),
-        lambda c: c.passes == "shared" and c.distribution_matching.weight == 0,
-        "shared passes read the generator's logits where the DMD loss is taken, and its weight is 0: set passes "
-        '"independent"',
-    ),
-    Combination(
         ("passes", "adversarial.time_sampling.kind"),
         lambda c: c.passes == "shared" and c.adversarial.time_sampling != AdversarialConfig.time_sampling,
         "shared passes read the GAN's logits at the noise levels of the DMD and denoising losses, so that "
@@ -120,13 +114,6 @@ VARIANTS: tuple[Combination, ...] = (
         "FastGen's form perturbs samples: leave input out",
     ),
     Combination(
-        ("adversarial.r1.kind", "adversarial.r1.input"),
-        lambda c: _exact_in_samples(c) and _stage(c) == 3,
-        "the exact penalty in the samples is a double backward through the network that the head reads, which weights "
-        'sharded by ZeRO stage 3 do not survive: set r1.input "features" (through the head alone), r1.kind '
-        '"approximate" (which tends to the exact one), or zero_optimization.stage 1 or 2',
-    ),
-    Combination(
         ("adversarial.r1.kind", "adversarial.r1.input", "model.fused_operators"),
         lambda c: _exact_in_samples(c) and c.model.fused_operators,
         "the fused operators inside the networks have no double backward: set model.fused_operators false, r1.input "
@@ -143,6 +130,13 @@ VARIANTS: tuple[Combination, ...] = (
         lambda c: _exact_in_samples(c) and c.model.lora is not None,
         'the base under the adapters is made for one backward through it: set r1.input "features" or r1.kind '
         '"approximate"',
+    ),
+    Combination(
+        ("adversarial.r1.kind", "adversarial.r1.input"),
+        lambda c: _exact_in_samples(c) and _stage(c) == 3,
+        "the exact penalty in the samples is a double backward through the network that the head reads, which weights "
+        'sharded by ZeRO stage 3 do not survive: set r1.input "features" (through the head alone), r1.kind '
+        '"approximate" (which tends to the exact one), or zero_optimization.stage 1 or 2',
     ),
     Combination(
         ("distribution_matching.weight", "teacher.skip_layer_guidance"),
@@ -180,4 +174,4 @@ VARIANTS: tuple[Combination, ...] = (
 )
 """Refused beside what config.py lists. Allowed on purpose: teacher features with distribution matching (FastGen), one
 level or several of either network's features, f-divergences without a generator weight, a mixed or noised input without
-a GAN."""
+a GAN, shared passes without distribution matching (the generator's logits are at its draws all the same)."""
