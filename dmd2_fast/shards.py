@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from .networks.unet import DECODER, UNet
 
+HOLDER = -1
+"""Stands for a module that uses a parameter; DeepSpeed numbers its own from 0."""
 BUCKET_ELEMENTS = 1 << 25
 """Elements of one all-gather: a bucket more than what the caller keeps is alive while whole tensors are made."""
 
@@ -104,6 +106,25 @@ def write_shards(parameters: dict[str, nn.Parameter], shards: dict[str, Tensor])
         whole = [p for p in parameters.values() if p.ds_status == ZeroParamStatus.AVAILABLE]
         for parameter, value in zip(whole, gather(whole), strict=True):
             parameter.data.copy_(value)
+
+
+@contextlib.contextmanager
+def held(module: nn.Module) -> Iterator[None]:
+    """A part of a ZeRO-3 engine's module stays gathered inside, whatever passes through it: for a double backward.
+
+    Collective. Gradients are reduced and sharded as ever.
+    """
+    import deepspeed
+
+    parameters = [parameter for parameter in module.parameters() if hasattr(parameter, "ds_id")]
+    with deepspeed.zero.GatheredParameters(parameters):
+        for parameter in parameters:
+            parameter.ds_active_sub_modules.add(HOLDER)  # hooks release what no module is using
+        try:
+            yield
+        finally:
+            for parameter in parameters:
+                parameter.ds_active_sub_modules.discard(HOLDER)
 
 
 def copied_shard(parameter: nn.Parameter) -> Tensor:

@@ -57,6 +57,7 @@ from .ranks import (
 from .regression import PairReader, make_measure
 from .rendezvous import adopt_slurm
 from .runs import RunFolder, inspect_run, open_run, write_atomic
+from .shards import held
 from .stopping import EXIT_STOPPED, StopRequested, StopSignals, watch_launchers
 
 MAX_SKIPS_IN_A_ROW = 20
@@ -256,7 +257,11 @@ class Trainer:
     def _update_fake_score(self, micro_batches: list[Batch], samples: list[Tensor], key: NoiseKey) -> None:
         engine, algorithm = self.engines.fake_score, self.algorithm
         self._set_rate(engine, self.config.fake_score)
-        with self.engines.for_fake_score(algorithm.adversarial and algorithm.features == "teacher") as networks:
+        double_backward = held(engine.module.heads) if algorithm.r1_kind == "exact" else nullcontext()
+        with (
+            double_backward,
+            self.engines.for_fake_score(algorithm.adversarial and algorithm.features == "teacher") as networks,
+        ):
             for batch, x in zip(micro_batches, samples, strict=True):
                 loss, metrics = fake_score_loss(networks, algorithm, batch, x, key)
                 engine.backward(poison_if_not_finite(loss))
