@@ -23,6 +23,7 @@ from dmd2_fast.config import Config, load_config
 from dmd2_fast.data import read_all
 from dmd2_fast.data.batch import Batch
 from dmd2_fast.distillation import Algorithm, FakeScore, Networks, fake_score_loss, generate, generator_loss
+from dmd2_fast.f_divergence import Divergence
 from dmd2_fast.heads import GANHeads
 from dmd2_fast.networks import load_denoiser, save_denoiser
 from dmd2_fast.random import NoiseKey, philox_uniform
@@ -167,6 +168,7 @@ def plain_run(
     `trained`: the generator and the fake score's denoiser, where they are not copies of the teacher.
     """
     algorithm, trace = Algorithm.from_config(config), Trace()
+    divergence = Divergence.of(algorithm)
     teacher = load_denoiser(config.model).eval()
     generator, fake = trained or (load_denoiser(config.model).eval() for _ in range(2))
     if config.run.start_from is not None:
@@ -214,7 +216,9 @@ def plain_run(
             continue
         if i % config.fake_score.ttur_ratio == 0:
             fake_score.requires_grad_(False)
-            loss, x, metrics = _mean([generator_loss(networks, algorithm, part, key) for part in split(batch, parts)])
+            options = {"divergence": divergence}
+            results = [generator_loss(networks, algorithm, part, key, **options) for part in split(batch, parts)]
+            loss, x, metrics = _mean(results)
             if config.regression.weight:
                 term = regression_term(generator, config, pairs, i, parts)
                 loss = loss + config.regression.weight * term

@@ -20,6 +20,7 @@ from adapters import adapters
 from cases import CASES
 from plain_loop import write_config
 from planned import planned
+from variant_cases import VARIANTS
 
 import dmd2_fast.failures
 import dmd2_fast.trainer as trainer_module
@@ -370,7 +371,25 @@ def previews_pairs(folder: Path, options: dict) -> None:
         torch.save(result, folder / f"{name}-rank{rank.rank}.pt")
 
 
+def variants(folder: Path, options: dict) -> None:
+    """Every variant; f-distill again, stopped after five iterations and taken up by a new trainer."""
+    rank = init_distributed()
+    for name in (*VARIANTS, "f-distill-resumed"):
+        start, path, kept = time.perf_counter(), folder / f"{name}.json", []
+        if name.endswith("resumed"):
+            trainer = make_trainer(load_config(path, (), rank.world_size), rank)
+            stop_at(trainer, 5)
+            trainer.train()
+            trainer.close()
+        result = run_case(rank, path, prepare=kept.append)
+        if kept[0].divergence is not None:
+            result["bins"] = kept[0].divergence.bins
+        print(f"{name}: {time.perf_counter() - start:.1f} s", flush=True)
+        torch.save(result, folder / f"{name}-rank{rank.rank}.pt")
+
+
 SCENARIOS = {
+    "variants": variants,
     "previews_pairs": previews_pairs,
     "adapters": adapters,
     "text": text,
