@@ -148,7 +148,8 @@ class PassCounter:
 
     def take(self) -> tuple[dict[Pass, float], dict[str, float]]:
         """Passes and gathered elements since the last time."""
-        found, gathered = Counter(Pass(**item) for item in self.passes), self.gathered
+        passes = [Pass(**item) for item in self.passes if item["encoder"]]  # a head alone has no rows of a network
+        found, gathered = Counter(passes), self.gathered
         self.passes, self.gathered = [], Counter()
         return {item: float(n) for item, n in found.items()}, {name: float(n) for name, n in gathered.items()}
 
