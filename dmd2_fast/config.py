@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from dmd2_fast.config_deepspeed import REFUSED_KEYS, TOP_LEVEL_KEYS, check_deepspeed, is_bf16, resolve_batch
-from dmd2_fast.config_parse import SECTION, apply_overrides, field_names, parse, read_json_object, show, suggestion
+from dmd2_fast.config_parse import (
+    SCHEMA_KEY,
+    SECTION,
+    apply_overrides,
+    field_names,
+    parse,
+    read_json_object,
+    show,
+    suggestion,
+)
 from dmd2_fast.config_schema import (
     AdversarialConfig,
     Config,
@@ -301,6 +310,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), world_size: int
 
 def config_from_dict(raw: dict[str, Any], world_size: int = 1) -> Config:
     """`load_config` from an object in memory. Raises ConfigError."""
+    raw = {key: value for key, value in raw.items() if key != SCHEMA_KEY}
     if SECTION not in raw:
         strangers = [key for key in raw if key not in TOP_LEVEL_KEYS]
         near = next((key for key in strangers if suggestion(key, [SECTION])), None)

@@ -69,7 +69,7 @@ REFUSED_ZERO_KEYS = (
     "zenflow",
 )
 """The same inside `zero_optimization`: refused unless they are switched off."""
-_OFF: tuple[Any, ...] = (None, False, 1, {"device": "none"}, {"device": None})
+OFF_VALUES: tuple[Any, ...] = (None, False, 1, {"device": "none"}, {"device": None})
 """Values that switch such a key off; a partition of 1 is none."""
 
 
@@ -162,7 +162,7 @@ def check_deepspeed(section: dict[str, Any], own_sections: Iterable[str] = ()) -
         raise ConfigError(f"zero_optimization is {show(zero)}: expected an object {{...}}.")
     _check_names(zero, ZERO_KEYS, installed_zero_keys, "zero_optimization")
     for key in REFUSED_ZERO_KEYS:
-        if key in zero and (zero[key] is True or zero[key] not in _OFF):
+        if key in zero and (zero[key] is True or zero[key] not in OFF_VALUES):
             raise ConfigError(
                 f"zero_optimization.{key} {show(zero[key])} is not supported: the averaged weights and the networks "
                 "gathered for a pass are made from each rank's own plain shards. To offload, write "

@@ -15,7 +15,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from dmd2_fast.errors import ConfigError
 
 SECTION = "dmd2_fast"
-
+SCHEMA_KEY = "$schema"
+"""Names the JSON Schema to editors, at the top of a file; nothing else reads it, and nothing is different for it."""
 
 MAX_DIGITS = 40
 """More than any setting needs; Python refuses to read some thousands."""
