@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 
 from dmd2_fast.errors import UserError
 
@@ -59,17 +58,8 @@ def _positive(text: str) -> float:
     return value
 
 
-def add_plan(
-    command: Callable[..., argparse.ArgumentParser], add_config_arguments: Callable[[argparse.ArgumentParser], None]
-) -> None:
-    """Add the subcommand with `command(name, action, about, example)`."""
-    plan = command(
-        "plan",
-        run_plan,
-        "say what a run needs on each GPU, computes and sends, without allocating it; exit code 2 where it cannot fit",
-        "plan --config ds_sdxl.json --gpus 8 --gpu-memory 80GB",
-    )
-    add_config_arguments(plan)
+def add_plan_arguments(plan: argparse.ArgumentParser) -> None:
+    """The machine that is planned for, and the form of the answer."""
     plan.add_argument("--gpus", type=_count, default=1, help="GPUs, one rank each (default: 1)")
     plan.add_argument("--gpu-memory", type=_bytes, default="80GB", metavar="SIZE", help="of one (default: 80GB)")
     plan.add_argument(

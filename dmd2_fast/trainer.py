@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .checkpoint import load_checkpoint, read_state, save_checkpoint
-from .cli import parse_training_arguments
+from .cli_parser import parse_training_arguments
 from .config import Config, load_config
 from .config_deepspeed import validate_with_deepspeed
 from .construction import build_base, build_networks

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 import types
@@ -9,13 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from dmd2_fast.cli import build_parser, main
+from dmd2_fast.cli import ACTIONS, build_parser, main
+from dmd2_fast.cli_parser import COMMANDS, SHELLS, parse_training_arguments
+from dmd2_fast.completion import completion_script
 from dmd2_fast.config import load_config
 from dmd2_fast.errors import DataError
 
 ROOT = Path(__file__).parents[1]
 DIGITS = str(ROOT / "ds_digits.json")
-COMMANDS = ("doctor", "prepare", "teacher", "evaluate", "sample", "report", "config")
 
 
 class Calls(list):
@@ -80,13 +83,22 @@ def test_commands_on_a_run(calls, run_folder, capsys):
     assert main(["evaluate", "--run", run]) == 0
     assert "generator" in capsys.readouterr().out
     assert main(["sample", "--run", run, "--num", "9", "--seed", "4", "--out", "x.png"]) == 0
-    assert main(["report", "--run", run]) == 0
+    assert main(["report", run]) == 0
     assert main(["doctor"]) == 0
     none = (("prompts", []), ("prompts_file", None), ("pipeline", None), ("dtype", None))
     sampled = ("sample_run", run_folder, 9, 4, Path("x.png"), *none)
     assert calls == [("evaluate_run", run_folder), sampled, ("doctor",)]
     assert "<!doctype html>" in (run_folder / "report.html").read_text()
     assert capsys.readouterr().out.splitlines() == ["x.png", str(run_folder / "report.html"), "all is well"]
+
+
+@pytest.mark.parametrize("command", ["evaluate", "sample", "report", "export"])
+def test_a_folder_is_named_once(command, capsys):
+    """As an argument or after --run, which is the same; neither or both is an error."""
+    needed = ["--format", "diffusers", "--out", "x"] if command == "export" else []
+    for folders in ([], ["a", "--run", "a"]):
+        assert main([command, *folders, *needed]) == 2
+        assert f"expected one folder, got {2 if folders else 0}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["evaluate", "sample", "report"])
@@ -135,21 +147,100 @@ def test_wrong_arguments_exit_2(arguments, capsys):
     assert "usage: dmd2-fast" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_has_an_example_that_parses(command, capsys):
+def shown_help(capsys, *arguments):
     with pytest.raises(SystemExit) as stop:
-        main([command, "--help"])
+        main([*arguments, "--help"])
     assert stop.value.code == 0
-    example = capsys.readouterr().out.rsplit("example:\n  dmd2-fast ", 1)[1].strip()
-    assert example.split()[0] == command
-    assert callable(build_parser().parse_args(example.split()).action)
+    return capsys.readouterr().out
 
 
-def test_the_overview_lists_every_command(capsys):
+def command_lines(text, program):
+    """The examples in a text: what stands on a line after the program's name, up to the shell's own signs."""
+    for line in text.splitlines():
+        words = shlex.split(line, comments=True) if line.startswith(f"  {program} ") else []
+        if words:
+            end = next((i for i, word in enumerate(words) if word in (">", ">>", "&&", "|")), len(words))
+            yield words[words.index("train.py") + 1 if program == "deepspeed" else 1 : end]
+
+
+@pytest.mark.parametrize("command", [command.name for command in COMMANDS])
+def test_help_has_examples_that_parse(command, capsys):
+    examples = list(command_lines(shown_help(capsys, command), "dmd2-fast"))
+    assert len(examples) == len(next(item.examples for item in COMMANDS if item.name == command)) > 0
+    for example in examples:
+        assert example[0] == command
+        arguments = build_parser().parse_args(example)
+        assert arguments.command == command
+        if getattr(arguments, "config", None):  # a file that the repository has, and settings that it takes
+            load_config(ROOT / arguments.config, arguments.set, getattr(arguments, "ranks", 1))
+
+
+def test_the_overview_lists_every_command_and_its_examples_parse(capsys):
+    shown = shown_help(capsys)
+    assert all(f"    {command.name} " in shown or f"    {command.name}\n" in shown for command in COMMANDS)
+    assert {command.name for command in COMMANDS} == set(ACTIONS)
+    assert {build_parser().parse_args(line).command for line in command_lines(shown, "dmd2-fast")} >= {"plan", "sample"}
+    for line in command_lines(shown, "deepspeed"):
+        load_config(ROOT / parse_training_arguments(line).config)
+
+
+def test_the_examples_of_training_parse(capsys):
     with pytest.raises(SystemExit):
-        main(["--help"])
-    shown = capsys.readouterr().out
-    assert all(f"    {command} " in shown for command in COMMANDS)
+        parse_training_arguments(["--help"])
+    lines = list(command_lines(capsys.readouterr().out, "deepspeed"))
+    assert len(lines) == 2
+    for line in lines:
+        arguments = parse_training_arguments(line)
+        load_config(ROOT / arguments.config, arguments.set)
+
+
+# Completion
+
+
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory):
+    """What bash offers for the last of some words, with the script sourced, in a folder with a few files."""
+    folder = tmp_path_factory.mktemp("completion")
+    (folder / "script.bash").write_text(completion_script(build_parser(), "bash"))
+    (folder / "my runs").mkdir()
+    for name in ("one.json", "other.txt", "onward/deep.json"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+
+    def offered(*words):
+        # As readline does: the words, the place of the cursor's, then the function that is registered for the program.
+        code = r"""source script.bash
+            [[ $(complete -p dmd2-fast) =~ -F\ ([^ ]+) ]] && function=${BASH_REMATCH[1]}
+            COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); $function
+            printf '%s\n' "${COMPREPLY[@]}" """
+        command = ["bash", "--norc", "-c", code, "bash", "dmd2-fast", *words]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+        return set(done.stdout.splitlines()) - {""}
+
+    return offered
+
+
+def test_bash_completes(complete):
+    assert complete("ex") == {"export"}
+    assert complete("") == {command.name for command in COMMANDS}
+    assert complete("export", "--f") == {"--format", "--full"}
+    assert complete("export", "--format", "") == {"diffusers", "lora"}
+    assert complete("completion", "") == set(SHELLS)
+    assert complete("config", "--config", "o") == {"one.json", "onward"}, "JSON files, and folders on the way to them"
+    assert complete("config", "--config", "onward/") == {"onward/deep.json"}
+    assert complete("report", "") == {"my runs", "onward"}, "a FOLDER"
+    assert complete("prepare", "--prompts", "o") == {"one.json", "other.txt", "onward"}, "a FILE"
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_every_shell_takes_its_script(shell, tmp_path, capsys):
+    assert main(["completion", shell]) == 0
+    script = tmp_path / "script"
+    script.write_text(capsys.readouterr().out)
+    assert "size-condition" in script.read_text()
+    if shutil.which(shell) is None:
+        pytest.skip(f"no {shell} here")
+    subprocess.run([shell, "-n", str(script)], check=True)
 
 
 def test_as_a_program(tmp_path):
