@@ -1,7 +1,8 @@
 """Where packages live in the tree, and one CMake step for the C++ operators. Everything else is in pyproject.toml.
 
 `kernels/` and `configs/` lie at the top of the repository for readers, and are installed inside the package: a
-top-level `kernels` package would shadow Hugging Face's. A wheel has the top-level `ds_*.json` beside the other configs.
+top-level `kernels` package would shadow Hugging Face's. A wheel has the top-level `ds_*.json` beside the other configs
+and their JSON Schema.
 
 DMD2_FAST_CPP=0 builds pure Python, =1 makes a failing C++ build an error; unset, a failing build warns and goes on
 without the extension (the operators then run on their `reference` backend, and `dmd2_fast.backends()` says so).
@@ -73,7 +74,8 @@ class BuildPython(build_py):
             folder = Path(self.build_lib) / "dmd2_fast" / "configs"
             folder.mkdir(parents=True, exist_ok=True)
             for config in sorted(ROOT.glob("ds_*.json")):
-                self.copy_file(str(config), str(folder / config.name))
+                text = config.read_text().replace('"configs/dmd2_fast.schema.json"', '"dmd2_fast.schema.json"')
+                (folder / config.name).write_text(text)
         elif WITH_CPP == "0":
             (ROOT / "dmd2_fast" / "_C.abi3.so").unlink(missing_ok=True)
 

@@ -191,7 +191,8 @@ def wheel(tmp_path_factory) -> Path:
 
 
 def test_wheel_contents(wheel):
-    names = set(zipfile.ZipFile(wheel).namelist())
+    archive = zipfile.ZipFile(wheel)
+    names = set(archive.namelist())
     assert re.search(r"-cp311-abi3-linux_\w+\.whl$", wheel.name)
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"dmd2_fast"}, "nothing else top-level"
     assert [name for name in names if name.endswith(".so")] == ["dmd2_fast/_C.abi3.so"]
@@ -200,6 +201,8 @@ def test_wheel_contents(wheel):
     assert {
         name.split("/")[-1] for name in names if name.startswith("dmd2_fast/configs/") and name.endswith(".json")
     } == configs
+    for name in configs - {"dmd2_fast.schema.json"}:
+        assert json.loads(archive.read(f"dmd2_fast/configs/{name}"))["$schema"] in configs, "beside it"
     packages = {path.relative_to(ROOT).as_posix() for path in (ROOT / "dmd2_fast").rglob("*.py")}
     assert packages <= names, "a package of the tree is missing"
     assert any(name.endswith("licenses/LICENSE") for name in names)
