@@ -14,10 +14,12 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 
@@ -33,28 +35,40 @@ class Package:
     install: str
     required: bool = True
 
+    gpu_only: bool = False
+    """Whether nobody without a GPU misses it."""
 
+
+PIP = "pip install -c constraints.txt "
+APEX = (
+    "git clone https://github.com/NVIDIA/apex && "
+    "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation ./apex  # PyPI's apex is something else"
+)
 PACKAGES = (
-    Package("torch", "torch", ("torch",), "everything", "pip install -c constraints.txt torch"),
-    Package("DeepSpeed", "deepspeed", ("deepspeed",), "training", "pip install -c constraints.txt deepspeed"),
-    Package("diffusers", "diffusers", ("diffusers",), "the networks", "pip install -c constraints.txt diffusers"),
-    Package("scikit-learn", "sklearn", ("scikit-learn",), "the digits", "pip install -c constraints.txt scikit-learn"),
-    Package("safetensors", "safetensors", ("safetensors",), "exports", "pip install -c constraints.txt safetensors"),
-    Package("Pillow", "PIL", ("pillow",), "images", "pip install -c constraints.txt pillow"),
+    Package("torch", "torch", ("torch",), "everything", PIP + "torch"),
+    Package("DeepSpeed", "deepspeed", ("deepspeed",), "training", PIP + "deepspeed"),
+    Package("diffusers", "diffusers", ("diffusers",), "the networks", PIP + "diffusers"),
+    Package("scikit-learn", "sklearn", ("scikit-learn",), "the digits", PIP + "scikit-learn"),
+    Package("safetensors", "safetensors", ("safetensors",), "exports", PIP + "safetensors"),
+    Package("Pillow", "PIL", ("pillow",), "images", PIP + "pillow"),
+    Package("shtab", "shtab", ("shtab",), "tab completion", PIP + "shtab"),
     Package(
-        "Triton",
-        "triton",
-        ("triton",),
-        "the CUDA kernels",
-        "pip install -c constraints.txt triton",
+        "transformers",
+        "transformers",
+        ("transformers",),
+        "SDXL's and SD1.5's text encoders",
+        PIP + "transformers  # or all of it: pip install -c constraints.txt -e '.[text]'",
         required=False,
     ),
+    Package("accelerate", "accelerate", ("accelerate",), "loading pipelines", PIP + "accelerate", required=False),
+    Package("peft", "peft", ("peft",), "LoRA", PIP + "peft", required=False),
+    Package("Triton", "triton", ("triton",), "the CUDA kernels", PIP + "triton", required=False),
     Package(
         "DALI",
         "nvidia.dali",
         ("nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-dali-cuda110"),
         "data loading (else the plain reader, same batches)",
-        "pip install -c constraints.txt nvidia-dali-cuda130  # nvidia-dali-cuda120 on drivers before 580",
+        PIP + "nvidia-dali-cuda130  # nvidia-dali-cuda120 on drivers before 580",
         required=False,
     ),
     Package(
@@ -62,9 +76,27 @@ PACKAGES = (
         "tensorboard",
         ("tensorboard",),
         "live curves (else report.html)",
-        "pip install -c constraints.txt tensorboard",
+        PIP + "tensorboard",
         required=False,
     ),
+    Package(
+        "LPIPS",
+        "lpips",
+        ("lpips",),
+        'regression.loss "lpips" (else "mse")',
+        "pip install lpips torchvision",
+        required=False,
+    ),
+    Package(
+        "flash-attn",
+        "flash_attn",
+        ("flash-attn", "flash_attn"),
+        "attention in 16 bits (else PyTorch's own)",
+        "pip install --no-build-isolation flash-attn",
+        required=False,
+        gpu_only=True,
+    ),
+    Package("apex", "amp_C", ("apex",), "AdamW in one kernel (else torch's own)", APEX, required=False, gpu_only=True),
 )
 
 TOOLS = (
@@ -115,9 +147,17 @@ def _is_there(module: str) -> bool:
         return True
 
 
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def check_package(package: Package) -> Finding:
     """Whether a package is there and can be imported."""
     if not _is_there(package.module):
+        if package.gpu_only and not _has_gpu():
+            return Finding("note", package.title, "not installed, and of use on a GPU alone", package.use)
         return Finding("missing", package.title, "not installed", package.use, package.install)
     try:
         with _quiet():
@@ -128,6 +168,19 @@ def check_package(package: Package) -> Finding:
         detail = f"{_version(package)}, but importing it fails: {_one_line(error)}"
         return Finding("broken", package.title, detail, package.use, package.install + " --force-reinstall")
     return Finding("ok", package.title, _version(package), package.use)
+
+
+def check_launcher() -> Finding:
+    """Whether the shell finds the command that training is started with."""
+    use, path = "starting training", shutil.which("deepspeed")
+    if path is not None:
+        return Finding("ok", "launcher", path, use)
+    beside = Path(sys.executable).with_name("deepspeed")
+    if beside.is_file():
+        activate = beside.with_name("activate")
+        install = f"source {activate}" if activate.is_file() else f"export PATH={beside.parent}:$PATH"
+        return Finding("missing", "launcher", f"{beside} is not on PATH", use, install)
+    return Finding("missing", "launcher", "no command deepspeed on PATH", use, PIP + "deepspeed")
 
 
 def check_tools() -> list[Finding]:
@@ -222,6 +275,7 @@ def _lines(findings: list[Finding]) -> list[str]:
 def doctor() -> str:
     """The whole report as text. Raises nothing."""
     packages = [item for package in PACKAGES for item in _guarded(package.title, partial(check_package, package))]
+    packages += _guarded("launcher", check_launcher)
     machine = _guarded("machine", check_machine)
     build = [*_guarded("tools", check_tools), *_guarded("C++ extension", check_extension)]
     try:
@@ -238,7 +292,7 @@ def doctor() -> str:
         lines += [f"  {name:<{width}}  {cpu:<10} {cuda}" for name, cpu, cuda in rows]
     except Exception as error:
         lines += ["Operators", f"  broken   {_one_line(error)}"]
-    needed = {package.title for package in PACKAGES if package.required}
+    needed = {"launcher", *(package.title for package in PACKAGES if package.required)}
     wanting = [item for item in (*machine, *packages, *build) if item.state in ("missing", "broken") and item.install]
     wanting.sort(key=lambda item: item.name not in needed)
     lines += ["", "To do" if wanting else "Nothing is missing."]

@@ -1,12 +1,17 @@
 """The doctor: findings for what is there, missing and broken, and no exception whatever is wrong."""
 
+import re
 import sys
+import tomllib
 import types
+from pathlib import Path
 
 import pytest
 
 from dmd2_fast import doctor as module
 from dmd2_fast.doctor import Package, check_package, check_tools, doctor
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -72,6 +77,43 @@ def test_tools_are_looked_up_on_the_path(tmp_path, monkeypatch):
     assert cmake.state == "broken"
 
 
+def test_packages_for_gpus_are_missed_where_there_is_one(monkeypatch):
+    import torch
+
+    package = make("not_here_at_all", required=False, gpu_only=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    finding = check_package(package)
+    assert (finding.state, finding.install) == ("note", "") and "GPU" in finding.detail
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert check_package(package).state == "missing"
+
+
+def test_the_launcher_is_looked_up_on_the_path(tmp_path, monkeypatch):
+    scripts = tmp_path / "venv" / "bin"
+    scripts.mkdir(parents=True)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "executable", str(scripts / "python"))
+    absent = module.check_launcher()
+    assert absent.state == "missing" and absent.install.startswith("pip install") and "deepspeed" in absent.install
+    for name in ("deepspeed", "activate"):
+        (scripts / name).touch(mode=0o755)
+    asleep = module.check_launcher()
+    assert (asleep.state, asleep.install) == ("missing", f"source {scripts / 'activate'}")
+    monkeypatch.setenv("PATH", str(scripts))
+    found = module.check_launcher()
+    assert (found.state, found.detail) == ("ok", str(scripts / "deepspeed"))
+
+
+def test_every_optional_dependency_is_looked_for():
+    """What pyproject.toml's extras bring for use (not for development), and what the code takes where it is there."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    names = {re.match("[a-z0-9-]+", wanted)[0] for name in ("gpu", "data", "text") for wanted in extras[name]}
+    known = {name: package for package in module.PACKAGES for name in package.distributions}
+    assert names | {"lpips", "flash-attn", "apex", "tensorboard"} <= known.keys()
+    assert not any(known[name].required for name in names)
+    assert all(package.use and package.install for package in module.PACKAGES)
+
+
 def test_the_report_names_what_is_missing_and_how_to_get_it(monkeypatch, packages):
     wanted = (make("fine_package"), make("not_here_at_all", required=False), make("raising_package"))
     monkeypatch.setattr(module, "PACKAGES", wanted)
@@ -111,10 +153,10 @@ def test_nothing_that_is_wrong_with_the_machine_raises(monkeypatch):
     def breaks(*_):
         raise OSError("driver has gone away")
 
-    for name in ("check_package", "check_tools", "check_machine", "check_extension", "_backend_rows"):
+    for name in ("check_package", "check_launcher", "check_tools", "check_machine", "check_extension", "_backend_rows"):
         monkeypatch.setattr(module, name, breaks)
     monkeypatch.setattr(module.metadata, "version", breaks)
-    assert doctor().count("driver has gone away") >= 5
+    assert doctor().count("driver has gone away") >= 6
 
 
 def test_a_driver_that_torch_cannot_use_is_a_finding(monkeypatch):
