@@ -2,7 +2,6 @@
 
 import json
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import types
 from pathlib import Path
 
 import pytest
+from command_lines import commands_in
 
 from dmd2_fast.cli import ACTIONS, build_parser, main
 from dmd2_fast.cli_parser import COMMANDS, SHELLS, parse_training_arguments
@@ -154,18 +154,9 @@ def shown_help(capsys, *arguments):
     return capsys.readouterr().out
 
 
-def command_lines(text, program):
-    """The examples in a text: what stands on a line after the program's name, up to the shell's own signs."""
-    for line in text.splitlines():
-        words = shlex.split(line, comments=True) if line.startswith(f"  {program} ") else []
-        if words:
-            end = next((i for i, word in enumerate(words) if word in (">", ">>", "&&", "|")), len(words))
-            yield words[words.index("train.py") + 1 if program == "deepspeed" else 1 : end]
-
-
 @pytest.mark.parametrize("command", [command.name for command in COMMANDS])
 def test_help_has_examples_that_parse(command, capsys):
-    examples = list(command_lines(shown_help(capsys, command), "dmd2-fast"))
+    examples = list(commands_in(shown_help(capsys, command), "dmd2-fast"))
     assert len(examples) == len(next(item.examples for item in COMMANDS if item.name == command)) > 0
     for example in examples:
         assert example[0] == command
@@ -179,15 +170,15 @@ def test_the_overview_lists_every_command_and_its_examples_parse(capsys):
     shown = shown_help(capsys)
     assert all(f"    {command.name} " in shown or f"    {command.name}\n" in shown for command in COMMANDS)
     assert {command.name for command in COMMANDS} == set(ACTIONS)
-    assert {build_parser().parse_args(line).command for line in command_lines(shown, "dmd2-fast")} >= {"plan", "sample"}
-    for line in command_lines(shown, "deepspeed"):
+    assert {build_parser().parse_args(line).command for line in commands_in(shown, "dmd2-fast")} >= {"plan", "sample"}
+    for line in commands_in(shown, "deepspeed"):
         load_config(ROOT / parse_training_arguments(line).config)
 
 
 def test_the_examples_of_training_parse(capsys):
     with pytest.raises(SystemExit):
         parse_training_arguments(["--help"])
-    lines = list(command_lines(capsys.readouterr().out, "deepspeed"))
+    lines = list(commands_in(capsys.readouterr().out, "deepspeed"))
     assert len(lines) == 2
     for line in lines:
         arguments = parse_training_arguments(line)

@@ -95,7 +95,7 @@ BAD = (
     "adversarial.features=teachr", "generator.optimizer.type=Adam", "model.kind=sd3", 'adversarial.levels=["top"]',
     "adversarial.r1.kind=null",
     # DeepSpeed's
-    "fp16.enabled=true", "torch_autocast.enabled=true", "zero_optimization.stage=2", "zero_optimization.stage=true",
+    "fp16.enabled=true", "torch_autocast.enabled=true", "zero_optimization.stage=4", "zero_optimization.stage=true",
     "zero_optimization.offload_param=true", 'zero_optimization.offload_optimizer={"device": "disk"}',
     'zero_optimization.offload_param={"device": "nvme"}', 'zero_optimization.offload_optimizer={"device": "nvme"}',
     'zero_optimization.offload_optimizer={"device": "cpu", "ratio": 0.5}', "zero_optimization.cpu_offload=true",
