@@ -284,7 +284,7 @@ COMMANDS = (
         (
             "completion bash > ~/.dmd2-fast.bash && echo 'source ~/.dmd2-fast.bash' >> ~/.bashrc",
             "completion zsh > ~/.dmd2-fast.zsh && echo 'eval \"$(<~/.dmd2-fast.zsh)\"  # after compinit' >> ~/.zshrc",
-            "completion tcsh > ~/.dmd2-fast.tcsh && echo 'source ~/.dmd2-fast.tcsh' >> ~/.tcshrc",
+            "completion tcsh > ~/.dmd2-fast.tcsh && echo 'source ~/.dmd2-fast.tcsh' >> ~/.cshrc",
         ),
     ),
 )
