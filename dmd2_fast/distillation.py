@@ -292,7 +292,7 @@ def fake_score_loss(
 
     terms, metrics = [], {}
     if denoised is not None and algorithm.keeps_fake_score:
-        weight = networks.schedule.loss_weight(denoised.t)
+        weight = networks.schedule.loss_weight(denoised.t, networks.prediction_type)
         loss_denoising = denoising_loss(
             prediction, x, denoised.alpha, denoised.sigma, prediction_type=networks.prediction_type,
             key=key.fork(Stream.DENOISING_NOISE), sample_ids=batch.sample_ids, sample_weight=weight,

@@ -71,8 +71,8 @@ class Schedule:
         """Standard deviation of the generator's first input at t: DDPM and flow start from unit noise."""
         return torch.ones_like(t, dtype=torch.float32)
 
-    def loss_weight(self, t: Tensor) -> Tensor:
-        """Weight (N,) f32 of the denoising loss at t: 1, or EDM's (sigma^-2 + sigma_data^-2) for x0 predictions."""
+    def loss_weight(self, t: Tensor, prediction_type: str) -> Tensor:
+        """Weight (N,) f32 of the denoising loss at t: 1, for Karras' x0 ("sample") EDM's sigma^-2 + sigma_data^-2."""
         return torch.ones_like(t, dtype=torch.float32)
 
     def to_dict(self) -> dict:
@@ -136,7 +136,9 @@ class KarrasSchedule(Schedule):
     def init_sigma(self, t: Tensor) -> Tensor:
         return t.float()
 
-    def loss_weight(self, t: Tensor) -> Tensor:
+    def loss_weight(self, t: Tensor, prediction_type: str) -> Tensor:
+        if prediction_type != "sample":
+            return super().loss_weight(t, prediction_type)
         return t.float() ** -2 + self.sigma_data**-2
 
 

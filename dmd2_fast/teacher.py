@@ -82,7 +82,7 @@ def teacher_step_loss(denoiser: Denoiser, batch: Batch, key: NoiseKey, label_dro
     prediction = denoiser.predict(x_t, t, drop_labels(denoiser, batch, key, label_dropout))
     return denoising_loss(
         prediction, batch.x0, alpha, sigma, prediction_type=denoiser.prediction_type, key=noise_key,
-        sample_ids=batch.sample_ids, sample_weight=denoiser.schedule.loss_weight(t),
+        sample_ids=batch.sample_ids, sample_weight=denoiser.schedule.loss_weight(t, denoiser.prediction_type),
     )  # fmt: skip
 
 

@@ -54,8 +54,15 @@ def test_karras_levels_and_coefficients():
 
 def test_karras_loss_weight_is_edms_lambda_over_c_out():
     sigma, data = torch.tensor([0.01, 0.5, 3.0]), 0.75
-    weight = KarrasSchedule(sigma_data=data).loss_weight(sigma)
+    weight = KarrasSchedule(sigma_data=data).loss_weight(sigma, "sample")
     torch.testing.assert_close(weight, (sigma**2 + data**2) / (sigma * data) ** 2)
+
+
+@pytest.mark.parametrize("kind", ["ddpm", "karras", "rectified_flow"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "flow", "sample"])
+def test_all_other_losses_have_weight_one(kind, prediction_type):
+    weight = make_schedule(kind).loss_weight(torch.tensor([0.1, 0.7]), prediction_type)
+    assert (weight.tolist() == [1.0, 1.0]) == ((kind, prediction_type) != ("karras", "sample"))
 
 
 @pytest.mark.parametrize("kind", ["ddpm", "karras", "rectified_flow"])

@@ -116,7 +116,7 @@ def test_it_learns(digits, tmp_path):
         loss = teacher_step_loss(denoiser, batch, KEY, 0.0)
     sigma = training_times(denoiser, batch, KEY)
     means = torch.stack([images[labels == label].mean(0) for label in range(10)])[labels]
-    weight = denoiser.schedule.loss_weight(sigma).reshape(-1, 1, 1, 1)
+    weight = denoiser.schedule.loss_weight(sigma, "sample").reshape(-1, 1, 1, 1)
     skip = denoiser.schedule.sigma_data**2 / (sigma**2 + denoiser.schedule.sigma_data**2)
     noise = philox_normal(batch.sample_ids, SHAPE, KEY.fork(5), torch.float32)
     untrained = skip.reshape(-1, 1, 1, 1) * (images + sigma.reshape(-1, 1, 1, 1) * noise)
