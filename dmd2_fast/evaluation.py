@@ -65,7 +65,8 @@ def sample_teacher(
 ) -> Tensor:
     """Images (N, C, H, W) f32 in [-1, 1] of a teacher by the probability-flow ODE, from pure noise down to 0."""
     device = next(teacher.parameters()).device
-    times = teacher.schedule.sampling_times((evaluations + 1) // 2 if heun else evaluations).to(device)
+    num_times = (evaluations + 1) // 2 if heun else evaluations
+    times = teacher.schedule.sampling_times(num_times, teacher.prediction_type).to(device)
     denoise, key = denoiser_of(teacher, guidance), NoiseKey(seed, step=SAMPLING_STEP)
     ids, parts = torch.arange(len(class_labels), device=device), []
     for labels, part in zip(class_labels.to(device).split(BATCH_SIZE), ids.split(BATCH_SIZE), strict=True):

@@ -145,7 +145,7 @@ def _samples(
     """(i, its tensors without batch dimension) for pairs i in `indices`."""
     device = next(teacher.parameters()).device
     shape, schedule = teacher.network.image_shape, teacher.schedule
-    times = schedule.sampling_times(num_steps).to(device)
+    times = schedule.sampling_times(num_steps, teacher.prediction_type).to(device)
     denoise, heun = denoiser_of(teacher, guidance), schedule.kind == "karras"
     key = NoiseKey(config.run.seed, step=PAIRS_STEP, stream=Stream.GENERATOR_INPUT)
     for start in range(indices.start, indices.stop, batch_size):

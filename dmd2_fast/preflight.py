@@ -46,7 +46,7 @@ def check_teacher(config: Config, teacher: Denoiser) -> None:
     if config.model.kind == "unet2d" and teacher.network.null_label is None:
         raise ConfigError(f"model.path: the network of {path} takes no class: expected num_class_embeds.")
     try:
-        teacher.schedule.steps(config.generator.steps)
+        teacher.steps(config.generator.steps)
     except ValueError as error:
         raise ConfigError(f"generator.steps do not fit the schedule of {path}: {error}") from None
     try:

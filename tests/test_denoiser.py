@@ -12,7 +12,8 @@ from dmd2_fast.errors import UserError
 from dmd2_fast.heads import GANHead, GANHeads, num_groups
 from dmd2_fast.networks import build_denoiser, build_network, denoiser_settings, load_denoiser, save_denoiser
 from dmd2_fast.networks.unet2d import UNet2D
-from dmd2_fast.schedules import DDPMSchedule, KarrasSchedule
+from dmd2_fast.ops._common import PREDICTION_TYPES
+from dmd2_fast.schedules import DDPMSchedule, KarrasSchedule, make_schedule
 
 
 def network(**changes) -> UNet2D:
@@ -117,6 +118,31 @@ def test_edm_preconditioning(sigma):
     torch.testing.assert_close(output, c_skip * x + c_out * raw, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("kind", "t"), [("karras", [0.01, 60.0]), ("ddpm", [3, 999]), ("rectified_flow", [0.1, 1.0])])
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_without_preconditioning_the_network_gets_what_it_is_given(kind, t, prediction_type):
+    net, x, labels = UNet2D.from_config(NETWORK, patch_size=2).eval(), torch.randn(2, *SHAPE), torch.tensor([3, 4])
+    denoiser = Denoiser(net, make_schedule(kind), prediction_type)
+    with torch.no_grad():
+        raw, _ = net(x, torch.tensor(t), {"class_labels": labels})
+        assert torch.equal(denoiser.predict(x, torch.tensor(t), {"class_labels": labels}), raw)
+
+
+@pytest.mark.parametrize("kind", ["ddpm", "karras", "rectified_flow"])
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_a_step_without_an_x0_is_refused(kind, prediction_type):
+    """alpha is 0 at the flow's time 1: x0 = (x_t - sigma eps) / alpha alone divides by it."""
+    denoiser = Denoiser(network(), make_schedule(kind), prediction_type)
+    if (kind, prediction_type) == ("rectified_flow", "epsilon"):
+        with pytest.raises(ValueError, match=r"alpha is 0 at 1\.0, where epsilon says nothing of x0"):
+            denoiser.steps((1.0, 0.5))
+        assert denoiser.steps((0.98, 0.5)).tolist() == pytest.approx([0.98, 0.5])
+    else:
+        assert denoiser.steps((1.0,)).tolist() == [1]
+    with pytest.raises(ValueError, match="steps: 1001"):
+        denoiser.steps((1001.0,))
+
+
 def test_pixel_patches_are_undone():
     net = UNet2D(network().unet, patch_size=2)
     assert net.image_shape == (1, 8, 8)
@@ -130,8 +156,8 @@ def test_unconditional_is_the_last_embedding():
 
 
 def test_senseless_denoisers_are_refused():
-    with pytest.raises(ValueError, match="weights losses of prediction_type 'sample'"):
-        Denoiser(network(), KarrasSchedule(), "epsilon")
+    with pytest.raises(ValueError, match="karras"):
+        Denoiser(network(), KarrasSchedule(), "epsilon", "edm")
     with pytest.raises(ValueError, match="karras"):
         Denoiser(network(), DDPMSchedule(), "sample", "edm")
     with pytest.raises(ValueError, match="eps"):
