@@ -44,6 +44,7 @@ from dmd2_fast.config_schema import (
     TeacherTrainingConfig,
     TimeSamplingConfig,
 )
+from dmd2_fast.config_times import TIMES
 from dmd2_fast.config_variants import VARIANTS, Combination
 from dmd2_fast.errors import ConfigError
 
@@ -265,6 +266,7 @@ COMBINATIONS: tuple[Combination, ...] = (
         "the run folder holds the teacher's or the data's, which --fresh would move away with it: give it its own",
     ),
     *VARIANTS,
+    *TIMES,
 )
 """Every combination that is refused. Allowed on purpose: a discriminator without a generator weight (it warms up, and
 its features train the fake score); shared passes with teacher features (the generator's logits come from the teacher's

@@ -32,7 +32,11 @@ READ_BY = {"mean": "log_normal", "std": "log_normal", "shift": "shifted"}
 """The kind of time sampling that reads a setting."""
 
 
-def _unread(sampling: TimeSamplingConfig) -> bool:
+UNREAD_SAMPLING = "mean and std are log_normal's, shift is shifted's: leave out what the kind does not read"
+
+
+def has_unread(sampling: TimeSamplingConfig) -> bool:
+    """Whether a setting of the time sampling is given that its kind does not read."""
     usual = TimeSamplingConfig()
     return any(
         getattr(sampling, item.name) != getattr(usual, item.name) and sampling.kind != READ_BY[item.name]
@@ -57,8 +61,8 @@ def _no_fake_score(config: Config) -> bool:
 def _unread_sampling(path: str, section: Callable[[Config], Any]) -> Combination:
     return Combination(
         (f"{path}.kind", *(f"{path}.{name}" for name in READ_BY)),
-        lambda c: _unread(section(c).time_sampling),
-        "mean and std are log_normal's, shift is shifted's: leave out what the kind does not read",
+        lambda c: has_unread(section(c).time_sampling),
+        UNREAD_SAMPLING,
     )
 
 

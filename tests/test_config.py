@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from test_config_times import TIME_CLASHES
 from test_config_variants import VARIANT_CLASHES
 
 from dmd2_fast import config_deepspeed
@@ -246,7 +247,7 @@ def test_a_combination_without_sense_is_refused_with_its_reason(overrides):
 
 
 def test_every_combination_of_the_table_is_tested_and_names_real_settings():
-    clashes = {**CLASHES, **VARIANT_CLASHES}
+    clashes = {**CLASHES, **VARIANT_CLASHES, **TIME_CLASHES}
     reached = {next(c for c in COMBINATIONS if c.reason in refusal(*overrides)).reason for overrides in clashes}
     assert reached == {combination.reason for combination in COMBINATIONS}
     section = load_config(DIGITS).to_dict()["dmd2_fast"]
