@@ -1,8 +1,9 @@
 """Training a small teacher from nothing: the diffusion model that the embedded default distils.
 
-Plain denoising training in one process (Karras et al. 2022 for the "karras" schedule: EDM preconditioning, noise levels
-log-normal with mean -1.2 and deviation 1.2, weight sigma^-2 + sigma_data^-2), an average of the weights, and a cosine
-learning rate. Every draw comes from keys, so a seed and a machine give one teacher. The folder appears whole or not.
+Plain denoising training in one process, an average of the weights, and a cosine learning rate. What `teacher.training`
+leaves open is the schedule's usual (for "karras" Karras et al. 2022: x0 through the EDM preconditioning, noise levels
+log-normal with mean -1.2 and deviation 1.2, weight sigma^-2 + sigma_data^-2). Every draw comes from keys, so a seed and
+a machine give one teacher. The folder appears whole or not.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import copy
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .config import Config, TeacherTrainingConfig
+from .config import Config, TeacherTrainingConfig, TimeSamplingConfig
+from .config_times import predicted, reads_sigma_data
 from .data import make_loader, read_all
 from .data.batch import Batch
 from .data.dataset import open_dataset
@@ -32,6 +35,7 @@ from .optimization import make_optimizer, set_learning_rate, warmup_cosine
 from .preflight import check_data, check_teacher
 from .random import NoiseKey, Stream, philox_normal, philox_uniform
 from .runs import move_aside
+from .schedules import KarrasSchedule, TimeSampling
 
 LOG_SIGMA_MEAN, LOG_SIGMA_STD = -1.2, 1.2  # EDM, table 1
 LABEL_STREAM = Stream.USER
@@ -39,30 +43,30 @@ WARMUP_ITERATIONS = 100
 WAIT_SECONDS = 7200.0
 """For another process that trains the same teacher, as two runs started together do: it is reused then."""
 TRAINING_FILE = "training.json"
-PREDICTIONS = {"karras": ("sample", "edm"), "ddpm": ("epsilon", "none"), "rectified_flow": ("flow", "none")}
 
 
 def teacher_settings(training: TeacherTrainingConfig, measure: Callable[[], Any]) -> dict[str, Any]:
     """Denoiser settings of a new teacher; `measure` gives the data's deviation where sigma_data is not set."""
     schedule: dict[str, Any] = {"kind": training.schedule}
-    if training.schedule == "karras":
+    if reads_sigma_data(training):
         schedule["sigma_data"] = training.sigma_data or round(float(measure()), 6)
-    prediction_type, preconditioning = PREDICTIONS[training.schedule]
     return {
         "network": {"kind": "unet2d", "config": dict(training.network), "patch_size": training.patch_size},
         "schedule": schedule,
-        "prediction_type": prediction_type,
-        "preconditioning": preconditioning,
+        "prediction_type": predicted(training),
+        "preconditioning": training.preconditioning or ("edm" if reads_sigma_data(training) else "none"),
     }
 
 
-def training_times(denoiser: Denoiser, batch: Batch, key: NoiseKey) -> Tensor:
-    """Times (N,) of one training step: log-normal sigmas for EDM, uniform over the schedule otherwise."""
-    ids = batch.sample_ids
-    if denoiser.preconditioning == "edm":
-        normal = philox_normal(ids, (1,), key.fork(Stream.DENOISING_TIME), torch.float32)[:, 0]
-        return (LOG_SIGMA_MEAN + LOG_SIGMA_STD * normal).exp()
-    return denoiser.schedule.time(philox_uniform(ids, (1,), key.fork(Stream.DENOISING_TIME))[:, 0])
+def training_times(
+    denoiser: Denoiser, batch: Batch, key: NoiseKey, time_sampling: TimeSamplingConfig | None = None
+) -> Tensor:
+    """Times (N,) of one training step; without `time_sampling` EDM's log-normal sigmas for Karras, else uniform."""
+    ids, key = batch.sample_ids, key.fork(Stream.DENOISING_TIME)
+    if time_sampling is None and isinstance(denoiser.schedule, KarrasSchedule):
+        return (LOG_SIGMA_MEAN + LOG_SIGMA_STD * philox_normal(ids, (1,), key, torch.float32)[:, 0]).exp()
+    sampling = TimeSampling() if time_sampling is None else TimeSampling(**asdict(time_sampling))
+    return sampling.draw(denoiser.schedule, philox_uniform(ids, (1,), key)[:, 0])
 
 
 def drop_labels(denoiser: Denoiser, batch: Batch, key: NoiseKey, probability: float) -> Condition:
@@ -74,8 +78,14 @@ def drop_labels(denoiser: Denoiser, batch: Batch, key: NoiseKey, probability: fl
     return {name: torch.where(dropped, empty[name], value) for name, value in batch.condition.items()}
 
 
-def teacher_step_loss(denoiser: Denoiser, batch: Batch, key: NoiseKey, label_dropout: float) -> Tensor:
-    t = training_times(denoiser, batch, key)
+def teacher_step_loss(
+    denoiser: Denoiser,
+    batch: Batch,
+    key: NoiseKey,
+    label_dropout: float,
+    time_sampling: TimeSamplingConfig | None = None,
+) -> Tensor:
+    t = training_times(denoiser, batch, key, time_sampling)
     alpha, sigma = denoiser.schedule.coefficients(t)
     noise_key = key.fork(Stream.DENOISING_NOISE)
     x_t = add_noise(batch.x0, alpha, sigma, key=noise_key, sample_ids=batch.sample_ids)
@@ -170,7 +180,7 @@ def _run(config: Config, training: TeacherTrainingConfig, denoiser: Denoiser, de
             ratio = warmup_cosine(iteration, training.iterations, warmup, 0.0)
             set_learning_rate(optimizer, training.optimizer.lr * ratio)
             key = NoiseKey(training.seed, step=iteration)
-            loss = teacher_step_loss(denoiser, batches[0], key, training.label_dropout)
+            loss = teacher_step_loss(denoiser, batches[0], key, training.label_dropout, training.time_sampling)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
             optimizer.step()
