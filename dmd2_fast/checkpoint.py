@@ -103,8 +103,9 @@ def _damage(folder: Path, rank: Rank) -> RunFolderError | None:
     """What is wrong with the files that this rank is about to load: DeepSpeed would leave the other ranks waiting."""
     for name in ("generator", "fake_score"):
         files = sorted((folder / name / TAG).glob("*.pt"))
-        # Everybody reads the module's file and the optimizer's of its own rank, two of DeepSpeed's naming.
-        mine = [path for path in files if f"pp_rank_{rank.rank}_" in path.name]
+        # Everybody reads the module's file (of its own rank; at stages 1 and 2 the one "mp_rank_00_model_states.pt" of
+        # rank 0) and the optimizer's of its own rank, two of DeepSpeed's naming.
+        mine = [path for path in files if f"pp_rank_{rank.rank}_" in path.name or path.name.startswith("mp_rank_")]
         if len(mine) < 2:
             return RunFolderError(
                 f"checkpoint {folder / name / TAG} lacks files of rank {rank.rank}: expected 2, found {len(mine)}. "

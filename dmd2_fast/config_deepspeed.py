@@ -41,6 +41,15 @@ zero_quantized_gradients zero_quantized_nontrainable_weights zero_quantized_weig
 """
 ZERO_KEYS = frozenset(_ZERO_KEYS.split())
 
+_STAGE_3_KEYS = """
+allgather_sequential gather_16bit_weights_on_model_save leaf_module log_trace_cache_warnings max_live_parameters
+max_reuse_distance memory_efficient_linear model_persistence_threshold module_granularity_threshold offload_param
+override_module_apply param_persistence_threshold pipeline_loading_checkpoint prefetch_bucket_size
+save_muon_momentum_buffer_in_memory sub_group_size use_all_reduce_for_fetch_params zero_quantized_gradients
+"""
+STAGE_3_KEYS = frozenset(_STAGE_3_KEYS.split()) | {key for key in ZERO_KEYS if key.startswith("stage3_")}
+"""Keys of `zero_optimization` that act on sharded weights alone: DeepSpeed ignores them at stages 1 and 2."""
+
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 _OURS = "it would serve every network alike: put it in {section}.generator and {section}.fake_score"
@@ -170,15 +179,41 @@ def check_deepspeed(section: dict[str, Any], own_sections: Iterable[str] = ()) -
             )
     for key in OFFLOAD_KEYS:
         _check_offload(key, zero.get(key))
-    stage = zero.get("stage", 0)
-    if isinstance(stage, bool) or stage != 3:
-        missing = "" if "stage" in zero else " (DeepSpeed's default)"
-        raise ConfigError(
-            f"zero_optimization.stage is {show(stage)}{missing}: this release trains with stage 3 only. "
-            'Write "zero_optimization": {"stage": 3}; on one rank it costs nothing.'
-        )
     for name in ("fp16", "bf16", "bfloat16", "torch_autocast"):
         _check_precision(name, section.get(name, {}))
+    _check_stage(section, zero)
+
+
+def _check_stage(section: dict[str, Any], zero: dict[str, Any]) -> None:
+    """Raises ConfigError for a stage without an optimizer of ZeRO's, and for keys that mean nothing at a stage."""
+    stage = zero.get("stage", 0)
+    if isinstance(stage, bool) or stage not in (1, 2, 3):
+        missing = "" if "stage" in zero else " (DeepSpeed's default)"
+        raise ConfigError(
+            f"zero_optimization.stage is {show(stage)}{missing}: expected 3 (weights, gradients and optimizer states "
+            "are divided over the ranks), 2 (gradients and states) or 1 (states). Stage 0 keeps no f32 weights to "
+            'average. Write "zero_optimization": {"stage": 3}; on one rank it costs nothing.'
+        )
+    if stage == 3:
+        return
+    meaningless = sorted(STAGE_3_KEYS & zero.keys())
+    if meaningless:
+        key = meaningless[0]
+        raise ConfigError(
+            f"zero_optimization.{key} {show(zero[key])} acts on weights that are divided over the ranks, and at stage "
+            f"{stage} every rank has all of them: leave it out, or use stage 3. "
+            f"--set 'zero_optimization={{\"stage\": {stage}}}' replaces all keys at once."
+        )
+    if zero.get("compute_grad_norm") is False:
+        raise ConfigError(
+            "zero_optimization.compute_grad_norm is false: the norm is what tells all ranks to skip a step whose "
+            "gradients are not finite. Leave it out."
+        )
+    if stage == 1 and is_bf16(section):
+        raise ConfigError(
+            "zero_optimization.stage is 1 and bf16 is enabled: DeepSpeed has another optimizer for the two together, "
+            "which keeps all gradients in f32 on every rank and is not supported. Use stage 2, which keeps less."
+        )
 
 
 def _check_offload(key: str, value: Any) -> None:
@@ -226,6 +261,11 @@ def offloaded_to(zero: dict[str, Any], key: str) -> str | None:
     """ "cpu", "nvme" or None: where an offload key of a checked `zero_optimization` puts things."""
     device = (zero.get(key) or {}).get("device")
     return None if device == "none" else device
+
+
+def shards_weights(section: dict[str, Any]) -> bool:
+    """Whether each rank keeps its part of the weights alone (ZeRO-3), of a checked section."""
+    return section["zero_optimization"]["stage"] == 3
 
 
 def is_bf16(section: dict[str, Any]) -> bool:

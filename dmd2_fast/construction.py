@@ -1,9 +1,9 @@
-"""Networks made in shards: built on the meta device and filled one tensor at a time.
+"""Networks made on all ranks together: built on the meta device and filled one tensor at a time.
 
 Rank 0 reads the file and broadcasts each tensor, in the dtype that DeepSpeed keeps; every rank takes its shard of it
 and lets the rest go. So no rank holds more than one whole tensor beside its shards, a file on a network disk is read
 once and not by every rank, and a tensor that cannot be read is one error on all ranks. DeepSpeed broadcasts whatever it
-partitions, so reading on every rank would save nothing.
+partitions, so reading on every rank would save nothing. At ZeRO's stages 1 and 2 every rank keeps the whole tensor.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .algorithm import Algorithm
 from .config import Config, ModelConfig
-from .config_deepspeed import is_bf16
+from .config_deepspeed import is_bf16, shards_weights
 from .denoiser import Denoiser
 from .engine import Trained, engine_settings
 from .errors import UserError
@@ -41,33 +42,54 @@ class Partitioner:
         self.first: nn.Parameter | None = None
 
     def __call__(self, owner: nn.Module, name: str, value: Tensor | None) -> None:
-        import deepspeed
+        parameter = self._whole(owner, name, value)
+        self._share(parameter)
+        owner._parameters[name] = parameter
 
+    def _whole(self, owner: nn.Module, name: str, value: Tensor | None) -> nn.Parameter:
+        """The value, or room for it."""
         empty = owner._parameters[name]
         assert empty is not None
         if value is None:
             whole = torch.empty(empty.shape, dtype=self.dtype, device=self.device)
         else:
             whole = value.detach().to(self.device, self.dtype)
-        parameter = nn.Parameter(whole, requires_grad=empty.requires_grad)
+        return nn.Parameter(whole, requires_grad=empty.requires_grad)
+
+    def _share(self, parameter: nn.Parameter) -> None:
+        """Rank 0's numbers on all ranks, of which each keeps its shard."""
+        import deepspeed
+
         if self.first is None:
             holder = nn.ParameterList([parameter])
             deepspeed.zero.Init(module=holder, config_dict_or_path=self.settings)  # its dtype is the configuration's
             self.first = parameter
         else:
             self.first.convert_to_zero_parameters([parameter])
-        owner._parameters[name] = parameter
+
+
+class Replicator(Partitioner):
+    """The same for stages 1 and 2: whole on every rank."""
+
+    def _share(self, parameter: nn.Parameter) -> None:
+        if dist.get_world_size() > 1:
+            dist.broadcast(parameter.data, 0)
+
+
+def make_fill(config: Config, network: Trained | None, device: torch.device) -> Partitioner:
+    """What fills one of the networks, as the stage of ZeRO wants it."""
+    return (Partitioner if shards_weights(config.deepspeed) else Replicator)(config, network, device)
 
 
 def build_networks(config: Config, algorithm: Algorithm, rank: Rank) -> tuple[Denoiser, FakeScore, Denoiser]:
-    """(generator, fake score, teacher), sharded, for the engines. Collective.
+    """(generator, fake score, teacher), for the engines: sharded, or whole at stages 1 and 2. Collective.
 
     All start as the teacher's weights, or the first two as those of `run.start_from`; the GAN head from the run's seed.
     Where the algorithm keeps no fake score, there is the head alone.
     """
     sources = _sources(config, algorithm, rank)
     # One for each network: on NVMe each has a folder, which is emptied when it starts.
-    fills = [Partitioner(config, network, rank.device) for _, network in sources]
+    fills = [make_fill(config, network, rank.device) for _, network in sources]
     generator, fake, teacher = (
         None if source is None else sharded_denoiser(source, config.model, fill, rank)
         for (source, _), fill in zip(sources, fills, strict=True)
@@ -77,10 +99,10 @@ def build_networks(config: Config, algorithm: Algorithm, rank: Rank) -> tuple[De
 
 
 def build_base(config: Config, algorithm: Algorithm, rank: Rank) -> tuple[Denoiser, GANHeads | None]:
-    """(the teacher, on which adapters come, the GAN head), sharded, for `LoRAEngines`. Collective."""
+    """(the teacher, on which adapters come, the GAN head), for `LoRAEngines`. Collective."""
     source = from_main(rank, lambda: open_source(config.model))
-    base = sharded_denoiser(source, config.model, Partitioner(config, None, rank.device), rank)
-    return base, _heads(config, base, algorithm, Partitioner(config, config.fake_score, rank.device))
+    base = sharded_denoiser(source, config.model, make_fill(config, None, rank.device), rank)
+    return base, _heads(config, base, algorithm, make_fill(config, config.fake_score, rank.device))
 
 
 def _heads(config: Config, teacher: Denoiser, algorithm: Algorithm, fill: Fill) -> GANHeads | None:
@@ -106,9 +128,9 @@ def _sources(config: Config, algorithm: Algorithm, rank: Rank) -> list[tuple[Sou
 
 
 def sharded_denoiser(source: Source, model: ModelConfig, fill: Fill, rank: Rank) -> Denoiser:
-    """`load_denoiser`'s, with its parameters sharded; `UserError` on every rank when the file does not fit. Collective.
+    """`load_denoiser`'s, with its parameters as `fill` makes them. Collective; only rank 0 reads the source's files.
 
-    Only rank 0 reads the source's files.
+    Raises `UserError` on every rank when the file does not fit.
     """
     denoiser = build_without_weights(source.settings)
     unet, place = denoiser.network.unet, str(source.weights or source.folder / "unet")

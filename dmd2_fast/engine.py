@@ -1,4 +1,7 @@
-"""DeepSpeed ZeRO-3 around the three networks: engines for generator and fake score, the teacher sharded and frozen.
+"""DeepSpeed's ZeRO around the three networks: engines for generator and fake score, the teacher frozen.
+
+At stage 3 all three are sharded, and the teacher has an engine too; at stages 1 and 2 every rank has them whole, and
+they are plain modules.
 
 The recipe (docs/design.md, "Three networks on ZeRO-3"): gradients flow through another network only by its bare
 `.module`, never by its engine, with that network frozen around forward and backward; only `engine.backward`, never
@@ -17,12 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from .config import Config, FakeScoreConfig, GeneratorConfig
-from .config_deepspeed import is_bf16, offloaded_to
+from .config_deepspeed import is_bf16, offloaded_to, shards_weights
 from .denoiser import Denoiser
 from .distillation import Networks
 from .fake_score import FakeScore
 from .optimization import make_optimizer, optimizer_name
-from .shards import Traces, WholeNetwork, copied_shard, masters, whole_on_cpu, write_shards
+from .partitions import FlatWeights
+from .shards import ShardedWeights, Traces, WholeNetwork
 
 Trained = GeneratorConfig | FakeScoreConfig
 
@@ -65,10 +69,19 @@ def _name(network: Trained | None) -> str:
     return "generator" if isinstance(network, GeneratorConfig) else "fake_score"
 
 
+class FrozenNetwork:
+    """In place of an engine around a network that is whole and never trained: DeepSpeed has nothing to do for it."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module.to(next(module.parameters()).device)  # its buffers, too
+
+
 def make_engine(config: Config, model: nn.Module, network: Trained | None) -> Any:
     """DeepSpeed's engine of a model with its network's optimizer and clipping; None: frozen, without an optimizer."""
     import deepspeed
 
+    if network is None and not shards_weights(config.deepspeed):
+        return FrozenNetwork(model)
     settings = engine_settings(config, network)
     on_cpu = offloaded_to(settings["zero_optimization"], "offload_optimizer") is not None
     client = None if network is None else make_optimizer(model.parameters(), network.optimizer, on_cpu=on_cpu)
@@ -80,7 +93,8 @@ class Engines:
 
     `run.gather` says how passes that do not update a network (rollout, teacher, the fake score under the generator's
     loss) get at its weights: "module", through ZeRO-3's hooks; "network", as a `WholeNetwork`; "rollout", the generator
-    as a `WholeNetwork` for its rollout alone, the others through hooks.
+    as a `WholeNetwork` for its rollout alone, the others through hooks. At stages 1 and 2 there are neither hooks nor
+    copies: whatever it says, the module itself is called.
     """
 
     generator: Any
@@ -90,7 +104,7 @@ class Engines:
     def __init__(self, config: Config, generator: Denoiser, fake_score: FakeScore, teacher: Denoiser):
         self.schedule, self.prediction_type = teacher.schedule, teacher.prediction_type
         self.unconditional = teacher.unconditional
-        self.gather = config.run.gather
+        self.gather = how_to_gather(config)
         whole: dict[str, tuple[nn.Module, ...]] = {
             "module": (), "rollout": (generator,), "network": (generator, fake_score, teacher),
         }  # fmt: skip
@@ -98,12 +112,16 @@ class Engines:
         self.generator = make_engine(config, generator, config.generator)
         self.fake_score = make_engine(config, fake_score, config.fake_score)
         self.teacher = make_engine(config, teacher.requires_grad_(False).eval(), None)
-        self.traces = {engine: Traces(engine) for engine in (self.generator, self.fake_score, self.teacher)}
+        self.traces = traces_of(config, self.generator, self.fake_score, self.teacher)
 
     @property
     def optimizer_name(self) -> str:
         """Which implementation of AdamW moves the weights."""
         return optimizer_name(self.generator.optimizer.optimizer)
+
+    def traced(self, engine: Any, kind: str) -> contextlib.AbstractContextManager[None]:
+        """Passes of one kind inside, and their backward, where ZeRO-3 records them."""
+        return self.traces[engine].of(kind) if engine in self.traces else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def bare(self, engine: Any, decode: bool = True) -> Iterator[nn.Module]:
@@ -112,7 +130,7 @@ class Engines:
         Collective; the same on every rank.
         """
         if engine.module not in self.whole:
-            with self.traces[engine].of("decode" if decode else "encode"):
+            with self.traced(engine, "decode" if decode else "encode"):
                 yield engine.module
             return
         with self.whole[engine.module].gathered(dict(engine.module.named_parameters()), decode) as module:
@@ -181,6 +199,16 @@ class Engines:
         return Networks(generator, fake_score, teacher, self.schedule, self.prediction_type, self.unconditional)
 
 
+def how_to_gather(config: Config) -> str:
+    """`run.gather`, where weights are sharded at all."""
+    return config.run.gather if shards_weights(config.deepspeed) else "module"
+
+
+def traces_of(config: Config, *engines: Any) -> dict[Any, Traces]:
+    """What ZeRO-3 records of each engine; nothing at other stages."""
+    return {engine: Traces(engine) for engine in engines} if shards_weights(config.deepspeed) else {}
+
+
 @contextlib.contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
     """No parameter of `module` takes a gradient inside; what was trainable is trainable again afterwards."""
@@ -204,49 +232,41 @@ def step_was_skipped(engine: Any) -> bool:
     return bool(engine.optimizer.overflow)
 
 
+def weights_of(engine: Any) -> ShardedWeights | FlatWeights:
+    """A trained engine's weights, as its stage of ZeRO keeps them."""
+    return ShardedWeights(engine) if engine.zero_optimization_partition_weights() else FlatWeights(engine)
+
+
 class ShardedEMA:
-    """Exponential moving average of a ZeRO-3 module, f32, each rank keeping the average of its own shard.
+    """Exponential moving average of an engine's f32 weights, each rank keeping the average of its own part.
 
     It lies where the optimizer keeps its f32 weights: on the device, or in the CPU's memory.
     """
 
     def __init__(self, engine: Any, decay: float):
-        self.engine, self.decay = engine, decay
-        self.parameters = dict(engine.module.named_parameters())
-        self.names = {parameter: name for name, parameter in self.parameters.items()}
-        averages = {self.names[parameter]: master.clone() for parameter, master in self._masters()}
-        self.shards = {name: averages[name] for name in self.parameters}
-
-    def _masters(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """This rank's f32 weights: the optimizer's where it has any."""
-        trained = set()
-        for parameter, master in masters(self.engine):
-            trained.add(parameter)
-            yield parameter, master
-        for parameter in self.parameters.values():
-            if parameter not in trained:
-                yield parameter, copied_shard(parameter).float()
+        self.weights, self.decay = weights_of(engine), decay
+        self.shards = {name: master.clone() for name, master in self.weights.masters().items()}
 
     @torch.no_grad()
     def update(self) -> None:
-        for parameter, master in self._masters():
-            self.shards[self.names[parameter]].lerp_(master, 1 - self.decay)
+        for name, master in self.weights.masters().items():
+            self.shards[name].lerp_(master, 1 - self.decay)
 
     @contextlib.contextmanager
     def swapped_in(self) -> Iterator[None]:
         """The engine's module runs with the averaged weights inside. Collective."""
-        saved = {name: copied_shard(parameter) for name, parameter in self.parameters.items()}
+        saved = self.weights.copied()
         try:
-            write_shards(self.parameters, self.shards)
+            self.weights.write(self.shards)
             yield
         finally:
-            write_shards(self.parameters, saved)
+            self.weights.write(saved)
 
     def full_state_dict(self, keep: bool = True) -> dict[str, Tensor]:
         """The averaged weights, whole, f32, on the CPU; {} where `keep` is false. Collective."""
-        return whole_on_cpu(self.parameters, self.shards, keep)
+        return self.weights.whole(self.shards, keep)
 
 
 def full_state_dict(engine: Any, keep: bool = True) -> dict[str, Tensor]:
     """The engine's current weights, whole, f32, on the CPU; {} where `keep` is false. Collective."""
-    return whole_on_cpu(dict(engine.module.named_parameters()), keep=keep)
+    return weights_of(engine).whole(keep=keep)

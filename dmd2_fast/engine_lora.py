@@ -1,8 +1,9 @@
-"""DeepSpeed ZeRO-3 around one frozen base and two adapters: what `Engines` is, with one copy of the base's weights.
+"""DeepSpeed's ZeRO around one frozen base and two adapters: what `Engines` is, with one copy of the base's weights.
 
-Three engines as ever. The base's has no optimizer and is the teacher's; its hooks are registered before the adapters
-are put into its layers, and so never see them. Each adapter's engine owns the adapter (and the GAN heads) and runs the
-base through its bare module. `run.gather: network` gathers the base once for all three networks of a pass.
+Three engines as ever. The base's has no optimizer and is the teacher's; ZeRO-3's hooks on it are registered before the
+adapters are put into its layers, and so never see them. Each adapter's engine owns the adapter (and the GAN heads) and
+runs the base through its bare module. `run.gather: network` gathers the base once for all three networks of a pass. At
+stages 1 and 2 the base is whole on every rank, and needs no engine.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from .algorithm import Algorithm
 from .config import Config
 from .denoiser import Denoiser
 from .distillation import Networks
-from .engine import Engines, frozen, make_engine
+from .engine import Engines, frozen, how_to_gather, make_engine, traces_of
 from .fake_score import FakeScore
 from .heads import GANHeads
 from .networks.lora import ADAPTERS, AdaptedDenoiser, SharedBase
-from .shards import Traces, WholeNetwork
+from .shards import WholeNetwork
 
 
 class LoRAEngines(Engines):
@@ -32,7 +33,7 @@ class LoRAEngines(Engines):
         assert config.model.lora is not None
         self.schedule, self.prediction_type = base.schedule, base.prediction_type
         self.unconditional = base.unconditional
-        self.gather = config.run.gather
+        self.gather = how_to_gather(config)
         self.whole = {}  # no network of its own is gathered: the base is
         self.whole_base = None if self.gather == "module" else WholeNetwork(base)
         self.base_parameters = dict(base.named_parameters())
@@ -46,7 +47,7 @@ class LoRAEngines(Engines):
         fake_score = FakeScore(fake, heads, algorithm.own_levels)
         self.generator = make_engine(config, generator, config.generator)
         self.fake_score = make_engine(config, fake_score, config.fake_score)
-        self.traces = {engine: Traces(engine) for engine in (self.generator, self.fake_score, self.teacher)}
+        self.traces = traces_of(config, self.generator, self.fake_score, self.teacher)
 
     @contextlib.contextmanager
     def _passes(self, kind: str, whole: bool) -> Iterator[None]:
@@ -55,7 +56,7 @@ class LoRAEngines(Engines):
         Collective.
         """
         if not whole:
-            with self.traces[self.teacher].of(kind):
+            with self.traced(self.teacher, kind):
                 yield
         elif self.base.module is not self.base.denoiser:  # gathered already, around these passes
             yield
@@ -75,7 +76,7 @@ class LoRAEngines(Engines):
     @contextlib.contextmanager
     def bare(self, engine: Any, decode: bool = True) -> Iterator[nn.Module]:
         kind = "decode" if decode else "encode"
-        own = contextlib.nullcontext() if engine is self.teacher else self.traces[engine].of(kind)
+        own = contextlib.nullcontext() if engine is self.teacher else self.traced(engine, kind)
         with self._passes(kind, self.gather != "module"), own:
             yield engine.module
 
@@ -84,7 +85,7 @@ class LoRAEngines(Engines):
         with (
             frozen(self.fake_score.module),
             self._passes("generator", self.gather == "network"),
-            self.traces[self.fake_score].of("decode"),
+            self.traced(self.fake_score, "decode"),
             self._rollout() as rollout,
         ):
             yield self._networks(self.generator, self.fake_score.module, self.teacher_network), rollout

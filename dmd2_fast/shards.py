@@ -140,6 +140,33 @@ def masters(engine: Any) -> Iterator[tuple[nn.Parameter, Tensor]]:
         yield from zip(parameters, flat.detach()[: sum(sizes)].split(sizes), strict=True)
 
 
+class ShardedWeights:
+    """A ZeRO-3 engine's weights from outside; a rank's parts are its shards, by the parameters' names."""
+
+    def __init__(self, engine: Any):
+        self.engine, self.parameters = engine, dict(engine.module.named_parameters())
+
+    def masters(self) -> dict[str, Tensor]:
+        """This rank's f32 weights: the optimizer's where it has any."""
+        trained = dict(masters(self.engine))
+        return {
+            name: trained[parameter] if parameter in trained else copied_shard(parameter).float()
+            for name, parameter in self.parameters.items()
+        }
+
+    def copied(self) -> dict[str, Tensor]:
+        """A copy of this rank's parts."""
+        return {name: copied_shard(parameter) for name, parameter in self.parameters.items()}
+
+    def write(self, parts: dict[str, Tensor]) -> None:
+        """Put these parts into the module. Collective."""
+        write_shards(self.parameters, parts)
+
+    def whole(self, parts: dict[str, Tensor] | None = None, keep: bool = True) -> dict[str, Tensor]:
+        """The weights (or what `parts` make), whole, f32, on the CPU; {} where `keep` is false. Collective."""
+        return whole_on_cpu(self.parameters, parts, keep)
+
+
 def whole_on_cpu(
     parameters: dict[str, nn.Parameter], shards: dict[str, Tensor] | None = None, keep: bool = True
 ) -> dict[str, Tensor]:

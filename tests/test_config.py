@@ -11,7 +11,14 @@ from test_config_variants import VARIANT_CLASHES
 
 from dmd2_fast import config_deepspeed
 from dmd2_fast.config import COMBINATIONS, UNET2D_ARGUMENTS, Config, config_from_dict, load_config
-from dmd2_fast.config_deepspeed import REFUSED_KEYS, TOP_LEVEL_KEYS, ZERO_KEYS, resolve_batch
+from dmd2_fast.config_deepspeed import (
+    REFUSED_KEYS,
+    STAGE_3_KEYS,
+    TOP_LEVEL_KEYS,
+    ZERO_KEYS,
+    resolve_batch,
+    shards_weights,
+)
 from dmd2_fast.config_schema import LoRAConfig, Section
 from dmd2_fast.errors import ConfigError, UserError
 
@@ -171,7 +178,8 @@ REFUSED = {
     'model.lora={"rank": 0}': ("dmd2_fast.model.lora.rank", ">= 1"),
     'model.lora={"targets": []}': ("dmd2_fast.model.lora.targets", "empty"),
     "fp16.enabled=true": ("fp16", "bf16"),
-    "zero_optimization.stage=2": ("zero_optimization.stage is 2", "stage 3"),
+    "zero_optimization.stage=0": ("zero_optimization.stage is 0", "expected 3", "averag"),
+    "zero_optimization.stage=4": ("zero_optimization.stage is 4",),
     "zero_optimization.stage=true": ("zero_optimization.stage",),
     "zero_optimization.offload_param=true": ("zero_optimization.offload_param is true", "object"),
     'zero_optimization.offload_optimizer={"device": "disk"}': ("offload_optimizer.device", '"disk"', "nvme"),
@@ -197,6 +205,32 @@ def test_a_wrong_setting_is_refused_with_its_path(override):
     message = refusal(override)
     for part in REFUSED[override]:
         assert part in message
+
+
+REFUSED_AT_A_STAGE = {
+    ('zero_optimization={"stage": 2, "stage3_max_live_parameters": 0}',): ("stage3_max_live_parameters 0", "stage 2"),
+    ('zero_optimization={"stage": 1, "offload_param": {"device": "cpu"}}',): ("offload_param", "every rank has all"),
+    ('zero_optimization={"stage": 2, "leaf_module": {}}',): ("zero_optimization.leaf_module", "stage 3"),
+    ('zero_optimization={"stage": 2, "compute_grad_norm": false}',): ("compute_grad_norm is false", "skip a step"),
+    ('zero_optimization={"stage": 1}', "bf16.enabled=true"): ("stage is 1 and bf16 is enabled", "Use stage 2"),
+}
+
+
+@pytest.mark.parametrize("overrides", REFUSED_AT_A_STAGE)
+def test_what_a_stage_cannot_do_is_refused(overrides):
+    message = refusal(*overrides)
+    for part in REFUSED_AT_A_STAGE[overrides]:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    "overrides", [('zero_optimization={"stage": 1}',), ('zero_optimization={"stage": 2}', "bf16.enabled=true")]
+)
+def test_stages_without_sharded_weights(overrides):
+    config = load_config(DIGITS, overrides)
+    config_deepspeed.validate_with_deepspeed(config.deepspeed)
+    assert STAGE_3_KEYS < ZERO_KEYS
+    assert not shards_weights(config.deepspeed) and shards_weights(load_config(DIGITS).deepspeed)
 
 
 CLASHES = {
