@@ -6,7 +6,9 @@ import json
 
 import pytest
 import torch
+from exact_r1 import engine_gradients, plain_gradients
 from one_rank import group_of_one
+from plain_loop import relative
 from tiny import tiny_config, tiny_denoiser
 from torch import nn
 
@@ -37,13 +39,14 @@ def test_a_whole_copy_is_compiled_as_the_network_is(monkeypatch):
     assert options == own and all(option["dynamic"] is False for option in options)
 
 
-def test_micro_batches_of_a_bf16_network_are_summed_in_f32(tmp_path):
+@pytest.mark.parametrize("stage", [2, 3])
+def test_micro_batches_of_a_bf16_network_are_summed_in_f32(tmp_path, stage):
     """Gradients of 256 and of 1, both exact in bf16, of which bf16 would keep no more than 256."""
     from deepspeed.utils import safe_get_full_grad
 
     accumulated = {"train_batch_size": 2, "gradient_accumulation_steps": 2, "bf16": {"enabled": True}}
     with group_of_one():
-        config = settings(tmp_path, **accumulated, zero_optimization={"stage": 3})
+        config = settings(tmp_path, **accumulated, zero_optimization={"stage": stage})
         layer = nn.Linear(4, 1, bias=False)
         engine = make_engine(config, layer, config.generator)
         for size in (256.0, 1.0):
@@ -53,6 +56,27 @@ def test_micro_batches_of_a_bf16_network_are_summed_in_f32(tmp_path):
             engine.step()
     assert torch.equal(gradient, torch.full((1, 4), 257 / 2))
     assert torch.tensor(256.0).bfloat16() + torch.tensor(1.0).bfloat16() == 256
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_exact_r1_through_the_network(tmp_path, stage, steps):
+    """The gradients of plain PyTorch's double backward, in a first update and in one after it."""
+    with group_of_one() as rank:
+        zero = {"stage": stage, "reduce_bucket_size": 100_000}
+        config = settings(tmp_path, gradient_accumulation_steps=steps, zero_optimization=zero)
+        found = engine_gradients(config, rank.rank, rank.world_size)
+    expected = plain_gradients()
+    assert relative(plain_gradients(penalty=False), expected) > 0.1
+    assert [relative(got, expected) < 1e-6 for got in found] == [True, True]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_frozen_network_needs_no_engine(tmp_path, stage, dtype):
+    config = settings(tmp_path, zero_optimization={"stage": stage})
+    layer = nn.BatchNorm1d(3).to(dtype).requires_grad_(False)
+    assert make_engine(config, layer, None).module is layer and layer.weight.dtype == dtype
 
 
 @pytest.mark.parametrize("enabled", [True, False])

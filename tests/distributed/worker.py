@@ -20,6 +20,7 @@ from adapters import adapters
 from cases import CASES
 from plain_loop import write_config
 from planned import planned
+from stages import stages
 from variant_cases import VARIANTS
 
 import dmd2_fast.failures
@@ -402,6 +403,7 @@ SCENARIOS = {
     "sdxl_runs": sdxl.runs,
     "sdxl_command": sdxl.command,
     "planned": planned,
+    "stages": stages,
 }
 
 
