@@ -1,6 +1,6 @@
 """`dmd2-fast plan`: what a run needs on each GPU, what it computes and sends, and how long a step may take.
 
-Counts are exact (plan_counts.py), memory follows ZeRO-3's rules (plan_memory.py), times are estimates from a stated
+Counts are exact (plan_counts.py), memory follows ZeRO's rules (plan_memory.py), times are estimates from a stated
 peak and bandwidth.
 """
 
@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .config import Config, load_config
+from .config_deepspeed import shards_weights
 from .denoiser import Denoiser
 from .errors import UserError
 from .plan_counts import Counts, count_updates
@@ -188,12 +189,16 @@ class Planner:
                 steps = config.gradient_accumulation_steps * config.micro_batch_size
                 one.append(f"gradient_accumulation_steps={steps}")
             changes.append(("train_micro_batch_size_per_gpu 1, accumulated to the same global batch", one, True))
-        if config.run.gather != "module":
+        sharded = shards_weights(config.deepspeed)
+        if sharded and config.run.gather != "module":
             changes.append(("run.gather module", ["run.gather=module"], True))
         if ZeRO.from_config(config).bucket > 50_000_000:
             changes.append(
                 ("zero_optimization.reduce_bucket_size 5e7", ["zero_optimization.reduce_bucket_size=50000000"], True)
             )
+        if not sharded:
+            stage3 = ["zero_optimization.stage=3"]
+            changes.append(("zero_optimization.stage 3, which divides the weights too", stage3, True))
         offload = ['zero_optimization.offload_optimizer={"device": "cpu"}']
         changes.append(("zero_optimization.offload_optimizer to the CPU", offload, True))
         if config.model.lora is None:
@@ -239,10 +244,13 @@ def format_plan(plan: Plan) -> str:
         f"global batch {config.global_batch_size} = {config.micro_batch_size} x {machine.gpus} GPU(s)"
         f" x {config.gradient_accumulation_steps} accumulated"
     )
-    lines = [f"model: {plan.source}", f"{batch}; run.gather {config.run.gather}", "", "GB on each GPU"]
+    stage = config.deepspeed["zero_optimization"]["stage"]
+    how = f"run.gather {config.run.gather}" if stage == 3 else "weights whole on each GPU"
+    lines = [f"model: {plan.source}", f"{batch}; ZeRO stage {stage}, {how}", "", "GB on each GPU"]
     lines += [_row(name, value / GB) for name, value in memory.states.items()]
     for name, phase in memory.phases.items():
         parts = f"activations {phase.activations / GB:.2f}, gathered weights {phase.gathered / GB:.2f}"
+        parts += f", gradients {phase.gradients / GB:.2f}" if phase.gradients else ""
         step = f", optimizer step {phase.step / GB:.2f}" if phase.step else ""
         lines.append(_row(UPDATES[name], phase.peak / GB, parts + step))
     lines.append(_row("CUDA, workspaces, fragmentation", memory.reserve / GB, "an allowance"))

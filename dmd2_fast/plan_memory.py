@@ -1,13 +1,17 @@
-"""What each rank holds under ZeRO-3, in bytes: from the shapes of the weights, the settings and the counted peaks.
+"""What each rank holds under ZeRO, in bytes: from the shapes of the weights, the settings and the counted peaks.
 
-b bytes an element (2 in bf16, 4 in f32), W ranks, n weights of a network, n / W rounded up weight by weight:
+At stage 3, b bytes an element (2 in bf16, 4 in f32), W ranks, n weights of a network, n / W rounded up for each:
     weights       n / W * b, and weights up to stage3_param_persistence_threshold elements whole beside
     gradients     n / W in data_types.grad_accum_dtype for each trained network, kept from start to end
     optimizer     n / W * 12: f32 masters and two moments
     EMA           n / W * 4 of the generator
     buckets       reduce_bucket_size, in communication_data_type, for each trained network, kept from start to end
 While an update runs, beside these: tensors alive (activations), gathered weights and, at its end, f32 gradients of the
-weights that the optimizer takes at a time.
+weights that the optimizer takes at a time. Stages 1 and 2 (n / W of all weights together):
+    weights       n * b
+    optimizer     n / W * 12, EMA n / W * 4, both as above
+and while an update runs its gradients (stage 1: n * b, stage 2: n / W in grad_accum_dtype) and its bucket with the copy
+that is sent.
 """
 
 from __future__ import annotations
@@ -45,6 +49,11 @@ class ZeRO:
     """bytes an element of gradients between ranks"""
     offload_optimizer: bool = False
     offload_param: bool = False
+    stage: int = 3
+    overlap: bool = False
+    """whether one bucket is sent while the next one is filled, at stages 1 and 2"""
+    one_all_reduce: bool = True
+    """whether gradients go to all ranks at stages 1 and 2, and not each to the rank that takes it"""
 
     @classmethod
     def from_config(cls, config: Config) -> ZeRO:
@@ -70,6 +79,9 @@ class ZeRO:
             BYTES.get(str(settings.get("communication_data_type")), width),
             offloaded("offload_optimizer"),
             offloaded("offload_param"),
+            int(given["stage"]),
+            bool(value(cls.overlap, "overlap_comm")),
+            bool(value(True, "use_multi_rank_bucket_allreduce")) or not value(True, "reduce_scatter"),
         )
 
 
@@ -87,10 +99,12 @@ class Phase:
     """weights that are whole while it runs"""
     step: int = 0
     """what the optimizer's step needs, when the activations are gone"""
+    gradients: int = 0
+    """gradients and buckets that are there while it runs alone: at stages 1 and 2"""
 
     @property
     def peak(self) -> int:
-        return self.gathered + max(self.activations, self.step)
+        return self.gathered + self.gradients + max(self.activations, self.step)
 
 
 @dataclass(frozen=True)
@@ -118,6 +132,8 @@ class Memory:
 def plan_memory(config: Config, sizes: dict[str, list[int]], counts: Counts, *, reserve: int = 0) -> Memory:
     """Memory of a rank of `config.world_size`; `sizes`: elements of each weight of each engine."""
     zero, world = ZeRO.from_config(config), config.world_size
+    if zero.stage < 3:
+        return _whole_weights(config, zero, {name: sum(values) for name, values in sizes.items()}, counts, reserve)
     width = zero.width
     held = {name: shard(values, world) for name, values in sizes.items()}
     trained = sum(held[name] for name in TRAINED)
@@ -142,8 +158,38 @@ def plan_memory(config: Config, sizes: dict[str, list[int]], counts: Counts, *, 
     return Memory(states, phases, reserve, host)
 
 
+def _whole_weights(config: Config, zero: ZeRO, sizes: dict[str, int], counts: Counts, reserve: int) -> Memory:
+    """Stages 1 and 2: weights whole on each rank, f32 masters, moments and average divided."""
+    parts = {name: -(-size // config.world_size) for name, size in sizes.items()}
+    optimizer = {
+        "optimizer (f32 masters, two moments)": 12 * sum(parts[name] for name in TRAINED),
+        "EMA": 0 if config.generator.ema is None else 4 * parts["generator"],
+    }
+    states, host = {"weights": sum(sizes.values()) * zero.width, **optimizer}, 0
+    if zero.offload_optimizer:  # with the gradients and the weights that they are copied to and from
+        host = sum(optimizer.values()) + (zero.accumulated + 4 + zero.width) * sum(parts[name] for name in TRAINED)
+        states |= dict.fromkeys(optimizer, 0)
+    phases = {"rollout": Phase(counts.rollout.peak_bytes)}
+    for name, cost in (("generator", counts.generator), ("fake_score", counts.fake_score)):
+        bucket = zero.bucket * zero.width * (1 + zero.overlap) + min(zero.bucket, sizes[name]) * zero.sent
+        part = parts[name] * zero.accumulated
+        # In f32, a micro-batch's part is there beside the sum of those before it; and the step takes a copy of the sum.
+        again = part if zero.accumulated == zero.width else 0
+        step = again
+        if zero.stage == 1:
+            kept = sizes[name] * zero.width + part
+        else:
+            kept = part + again * (config.gradient_accumulation_steps > 1)
+            if zero.offload_optimizer and again:  # goes to the host as it comes
+                kept = 0
+        if zero.offload_optimizer:
+            step = 0
+        phases[name] = Phase(cost.peak_bytes, step=step, gradients=bucket + kept)
+    return Memory(states, phases, reserve, host)
+
+
 def whole_networks(config: Config, update: str) -> list[str]:
-    """Engines whose weights lie whole beside an update (generator, rollout, fake_score), by `run.gather`."""
+    """Engines of ZeRO-3 whose weights lie whole beside an update (generator, rollout, fake_score), by `run.gather`."""
     if config.run.gather == "module":
         return []
     if config.model.lora is not None:
@@ -186,11 +232,15 @@ def _gathered(config: Config, zero: ZeRO, sizes: dict[str, list[int]], update: s
 def traffic(config: Config, sizes: dict[str, list[int]], counts: Counts) -> dict[str, float]:
     """Bytes of the whole tensors of all-gathers and reduce-scatters in a cycle; a rank receives (W - 1) / W of them.
 
-    As if every layer's weights were let go after use: what ZeRO-3 keeps for a use that is near (`max_reuse_distance`)
-    is gathered less often.
+    An all-reduce counts as the two that it is made of. At stage 3, as if every layer's weights were let go after use:
+    what ZeRO-3 keeps for a use that is near (`max_reuse_distance`) is gathered less often.
     """
     zero = ZeRO.from_config(config)
     times, accumulation = config.fake_score.ttur_ratio, config.gradient_accumulation_steps
+    moved = sum(sizes["generator"]) + times * sum(sizes["fake_score"])
+    if zero.stage < 3:  # weights once after each step; gradients with each micro-batch, or at stage 1 with the last
+        sendings = (accumulation if zero.stage == 2 else 1) * (2 if zero.one_all_reduce else 1)
+        return {"gathered": float(moved * zero.width), "reduced": float(moved * sendings * zero.sent)}
     gathered = 0.0
     for update, cost, number in (
         ("generator", counts.generator, 1), ("rollout", counts.rollout, times - 1),
@@ -207,8 +257,7 @@ def traffic(config: Config, sizes: dict[str, list[int]], counts: Counts) -> dict
         gathered += number * (layers + whole)
     persistent = {n: sum(size for size in sizes[n] if size <= zero.persistence) for n in TRAINED}
     gathered += persistent["generator"] + times * persistent["fake_score"]  # once after each step
-    reduced = accumulation * (sum(sizes["generator"]) + times * sum(sizes["fake_score"]))
-    return {"gathered": gathered * zero.width, "reduced": float(reduced * zero.sent)}
+    return {"gathered": gathered * zero.width, "reduced": float(accumulation * moved * zero.sent)}
 
 
 def _share_with_rollout(config: Config) -> float:

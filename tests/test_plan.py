@@ -262,7 +262,7 @@ def test_command(world, capsys):
     assert main([*command, "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     memory = plan["memory"]
-    needed = max(u["gathered"] + max(u["activations"], u["step"]) for u in memory["updates"].values())
+    needed = max(u["gathered"] + u["gradients"] + max(u["activations"], u["step"]) for u in memory["updates"].values())
     assert memory["total"] == sum(memory["states"].values()) + needed + memory["reserve"] and memory["fits"]
     assert main(command) == 0
     shown = capsys.readouterr().out

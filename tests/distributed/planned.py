@@ -12,10 +12,14 @@ import torch.distributed as dist
 
 import dmd2_fast.trainer as trainer_module
 from dmd2_fast.config import load_config
+from dmd2_fast.config_deepspeed import shards_weights
 from dmd2_fast.data.batch import Batch
 from dmd2_fast.ranks import init_distributed, on_main
 from dmd2_fast.runs import RunFolder, open_run
 from dmd2_fast.trainer import Trainer
+
+SCALARS = 64
+"""Bytes of an all-reduce that is about norms and flags, at most."""
 
 
 class Loader:
@@ -93,13 +97,14 @@ class Measure:
 
         depth = [0]
 
-        def count(owner, name: str, counter: Counter):
+        def count(owner, name: str, counter: Counter, times: int = 1, least: int = 0):
             original = getattr(owner, name)
 
             def call(*args, **kwargs):
                 tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor | list)]
                 if not depth[0]:  # one of them may call another
-                    counter[self.part] += max(map(bytes_of, tensors))
+                    size = max(map(bytes_of, tensors))
+                    counter[self.part] += times * size * (size > least)
                 depth[0] += 1
                 try:
                     return original(*args, **kwargs)
@@ -116,6 +121,8 @@ class Measure:
                 stack.enter_context(count(backend, name, self.gathered))
             for name in ("reduce_scatter_tensor", "reduce_scatter"):
                 stack.enter_context(count(backend, name, self.reduced))
+            if not shards_weights(self.trainer.config.deepspeed):  # where it is gradients that go to all ranks
+                stack.enter_context(count(backend, "all_reduce", self.reduced, times=2, least=SCALARS))
             yield
 
     @contextlib.contextmanager
@@ -137,6 +144,8 @@ class Measure:
 def held_bytes(trainer: Trainer) -> dict[str, int]:
     """Bytes of states on this rank between iterations."""
     engines, found = trainer.engines, Counter()
+    if not shards_weights(trainer.config.deepspeed):
+        return held_beside_whole_weights(trainer)
     for name in ("generator", "fake_score", "teacher"):
         engine = getattr(engines, name)
         for p in engine.module.parameters():
@@ -154,6 +163,41 @@ def held_bytes(trainer: Trainer) -> dict[str, int]:
     return dict(found)
 
 
+def held_beside_whole_weights(trainer: Trainer) -> dict[str, int]:
+    """The same at stages 1 and 2: all weights, and this rank's part of the rest."""
+    engines, found = (
+        trainer.engines,
+        Counter(gradients=0, buckets=0, ema=sum(map(bytes_of, trainer.ema.shards.values()))),
+    )
+    for engine in (engines.generator, engines.fake_score, engines.teacher):
+        found["weights"] += sum(map(bytes_of, engine.module.parameters()))
+    for engine in (engines.generator, engines.fake_score):
+        optimizer = engine.optimizer
+        found["gradients"] += sum(bytes_of(p.grad) for p in engine.module.parameters() if p.grad is not None)
+        found["buckets"] += sum(map(bytes_of, [bucket.buffer for bucket in optimizer.ipg_buckets.values()]))
+        (master,), (state,) = optimizer.single_partition_of_fp32_groups, optimizer.optimizer.state.values()
+        found["optimizer"] += sum(map(bytes_of, [master, state["exp_avg"], state["exp_avg_sq"]]))
+    return dict(found)
+
+
+def watch_gradients(trainer: Trainer, found: dict[str, int]) -> None:
+    """Fills in, at stages 1 and 2, the bytes of each update's gradients when its step comes and its largest buckets."""
+    for name in ("generator", "fake_score"):
+        engine = getattr(trainer.engines, name)
+
+        def step(engine=engine, name=name, original=engine.step):
+            if engine.is_gradient_accumulation_boundary():
+                kept = [value for values in engine.optimizer.averaged_gradients.values() for value in values]
+                found[f"{name} gradients"] = bytes_of(kept)
+            return original()
+
+        def average(*args, name=name, optimizer=engine.optimizer, original=engine.optimizer.average_tensor):
+            found[f"{name} buckets"] = sum(bytes_of(bucket.buffer) for bucket in optimizer.ipg_buckets.values())
+            return original(*args)
+
+        engine.step, engine.optimizer.average_tensor = step, average
+
+
 def bytes_of(value: torch.Tensor | list) -> int:
     return sum(map(bytes_of, value)) if isinstance(value, list) else value.numel() * value.element_size()
 
@@ -163,7 +207,9 @@ def planned(folder: Path, options: dict) -> None:
     rank = init_distributed()
     for name in options["runs"]:
         trainer = make_trainer(load_config(folder / f"{name}.json", (), rank.world_size), rank)
-        measure, batches = Measure(trainer), iter(trainer.loader)
+        measure, batches, gradients = Measure(trainer), iter(trainer.loader), {}
+        if not shards_weights(trainer.config.deepspeed):
+            watch_gradients(trainer, gradients)
         measure.wrap("_update_generator", "generator")
         measure.wrap("_update_fake_score", "fake_score")
         with measure.traffic():
@@ -173,7 +219,7 @@ def planned(folder: Path, options: dict) -> None:
                 trainer.iteration += 1
         result = {
             "held": held_bytes(trainer), "rows": dict(measure.rows), "gathered": dict(measure.gathered),
-            "reduced": dict(measure.reduced),
+            "reduced": dict(measure.reduced), "in an update": gradients,
         }  # fmt: skip
         torch.save(result, folder / f"{name}-rank{rank.rank}.pt")
         trainer.close()
