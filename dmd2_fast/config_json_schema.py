@@ -143,7 +143,8 @@ def _zero_optimization() -> Schema:
     for key in REFUSED_ZERO_KEYS:
         # 0 and 0.0 equal false in Python, and 1 equals true: only JSON's own true is refused.
         keys[key] = {"description": "Not supported: off only.", "enum": [*OFF_VALUES, 0]}
-    keys["stage"] = {"description": "Stage 3: weights, gradients and optimizer states in shards.", "const": 3}
+    sharded = "3: weights, gradients and optimizer states in shards; 2: all but the weights; 1: the states alone."
+    keys["stage"] = {"description": sharded, "enum": [1, 2, 3]}
     keys["offload_param"] = _offload([None, "none", "cpu", "nvme"])
     keys["offload_param"]["anyOf"][0] |= {
         "if": {"properties": {"device": {"const": "nvme"}}, "required": ["device"]},

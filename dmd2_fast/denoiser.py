@@ -4,8 +4,8 @@
 network F is wrapped as in Karras et al. 2022, eq. 7, and the prediction is x0 ("sample"):
 `D(x; sigma) = c_skip x + c_out F(c_in x; ln(sigma) / 4)`.
 Without it the network gets x_t and t as they are. Karras' x_t then has the size of sigma, which a UNet's norms undo: on
-the digits, dividing it by sqrt(1 + sigma^2) made the errors of x0 at most 2 % smaller up to sigma 1 (epsilon, v, flow),
-more above. A network of k-diffusion's kind, which divides so and counts in timesteps, is a "ddpm" one here.
+the digits, dividing it by sqrt(1 + sigma^2) made errors of x0 at most 2 % smaller up to sigma 1 (epsilon, v, flow),
+and above mixed ones. A network of k-diffusion's kind, which divides so and counts in timesteps, is a "ddpm" one here.
 The network may run in bf16; predictions leave in f32, because the difference of two of them is what trains.
 """
 
