@@ -1,0 +1,1 @@
+"""The operators under the names and conventions of other people's code."""
