@@ -164,7 +164,7 @@ def _alike(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _ones(like: Tensor) -> Tensor:
-    """(N,): coefficients of what the formula has none for."""
+    """(N,): coefficients for formulas that have none."""
     return torch.ones(like.shape[0], dtype=working_dtype(like), device=like.device)
 
 
@@ -226,9 +226,9 @@ def _clamped(schedule: Any, divisor: Tensor) -> Tensor:
 
 def _coefficients(schedule: Any, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     """alpha(t) and sigma(t) in the working dtype, with as many dimensions as `like`: those of t, then ones."""
-    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    alpha, sigma = torch.broadcast_tensors(schedule.alpha(t), schedule.sigma(t))
     shape = tuple(alpha.shape)
-    if like.ndim == 5 and len(shape) == 2 and shape != like.shape[:2] and shape == like.shape[::2][:2]:
+    if like.ndim == 5 and shape != like.shape[:2] and shape == (like.shape[0], like.shape[2]):
         shape = (shape[0], 1, shape[1])  # one time for each frame of (N, C, T, H, W)
     shape += (1,) * (like.ndim - len(shape))
     working = working_dtype(like)
@@ -238,16 +238,15 @@ def _coefficients(schedule: Any, t: Tensor, like: Tensor) -> tuple[Tensor, Tenso
 def _folded(alpha: Tensor, sigma: Tensor, *images: Tensor) -> tuple[Tensor, ...] | None:
     """What operators take: coefficients (M,), images (M, *), M the product of the leading dimensions that have times.
 
-    None where there is no such M, shapes differ, or something else than a gradient is wanted.
+    None where times are not those of leading dimensions, images differ in shape, or operators have no derivative.
     """
     first = images[0]
-    num_folded = first.ndim
-    while num_folded > 1 and alpha.shape[num_folded - 1] == 1:
-        num_folded -= 1
-    if alpha.numel() == 1 and first.ndim > 0:
-        alpha, sigma = alpha.expand(len(first), *alpha.shape[1:]), sigma.expand(len(first), *sigma.shape[1:])
-    leads = alpha.ndim == first.ndim > 0 and alpha.shape[:num_folded] == first.shape[:num_folded]
-    if not leads or any(image.shape != first.shape for image in images) or _is_transformed():
+    if first.ndim == 0 or any(image.shape != first.shape for image in images) or _is_transformed():
+        return None
+    if alpha.numel() == 1:
+        alpha, sigma = (c.reshape(1).expand(len(first)) for c in (alpha, sigma))
+    num_folded = max((i + 1 for i, size in enumerate(alpha.shape) if size > 1), default=1)
+    if alpha.shape[:num_folded] != first.shape[:num_folded]:
         return None
     return alpha.flatten(), sigma.flatten(), *(image.flatten(0, num_folded - 1) for image in images)
 
@@ -272,8 +271,8 @@ def apply(package: str = "fastgen") -> Report:
 
     Losses are swapped in every module of the package that holds them, under whatever name, and methods in every class
     of fastgen.networks.noise_schedule that defines them itself. What has another signature is left alone, and so are
-    modules that do not import here. Modules outside the package keep what they have imported before. A second call
-    swaps what has come since. FastGenNotFoundError (a UserError and ImportError) where there is no FastGen.
+    modules that do not import here. Modules outside the package keep what they have imported. A second call swaps what
+    has come since. FastGenNotFoundError (a UserError and ImportError) where there is no FastGen.
     """
     try:
         losses = importlib.import_module(f"{package}.methods.common_loss")
@@ -285,6 +284,7 @@ def apply(package: str = "fastgen") -> Report:
         ) from error
     left = import_all(f"{package}.methods.distribution_matching.{name}" for name in IMPORTERS)
     patches = _APPLIED.setdefault(package, Patches(package))
+    # Ours are looked up now, not at import: somebody may have wrapped them.
     for name in LOSSES:
         patches.add_function(losses, name, globals()[name])
     for name in METHODS:
