@@ -127,6 +127,15 @@ def test_denoising_score_matching_loss_needs_only_its_arguments():
     assert x0.grad is None and eps.grad is None and net_pred.grad is not None
 
 
+def test_targets_are_constants(schedules):
+    """Where net_pred or gen_data has no graph, neither has the loss, whatever has one beside it."""
+    plain, (x0, eps, scale) = torch.ones(2, 3), torch.rand(3, 2, 3).requires_grad_().unbind()
+    given = {"x0": x0, "eps": eps, "noise_scheduler": schedules.RFNoiseSchedule(), "t": torch.rand(2, **T64)}
+    losses = [compat.denoising_score_matching_loss(pred_type, plain, **given) for pred_type in PRED_TYPES]
+    losses.append(compat.variational_score_distillation_loss(plain, x0, eps, scale[:, 0]))
+    assert not any(loss.requires_grad for loss in losses)
+
+
 @pytest.mark.parametrize("missing", ["x0", "eps", "noise_scheduler", "t"])
 @pytest.mark.parametrize("pred_type", PRED_TYPES)
 def test_denoising_score_matching_loss_missing_arguments(losses, schedules, pred_type, missing):
@@ -241,7 +250,7 @@ def calls_of_losses(module, a: Tensor, b: Tensor, c: Tensor):
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("mixed", [DTYPES[:3], DTYPES[1:], DTYPES[:0:-1]])
+@pytest.mark.parametrize("mixed", [DTYPES[:3], DTYPES[1:], DTYPES[:0:-1], [torch.bfloat16] * 3])
 def test_losses_of_mixed_dtypes(losses, mixed, autocast):
     tensors = [draw((4, 3), dtype, seed) for seed, dtype in enumerate(mixed)]
     with torch.autocast("cpu", enabled=autocast):
@@ -299,34 +308,64 @@ def test_schedule_methods(schedules, name, method, dtype):
         )
 
 
+VIDEO, SQUARE = (2, 3, 4, 5, 2), (2, 3, 3, 2, 2)
+TIMES = (  # shape of the images, shape of t, how it broadcasts, whether operators compute it
+    (VIDEO, (), (1, 1, 1, 1, 1), True),
+    (VIDEO, (1,), (1, 1, 1, 1, 1), True),
+    (VIDEO, (2,), (2, 1, 1, 1, 1), True),
+    (VIDEO, (2, 1, 1, 1, 1), (2, 1, 1, 1, 1), True),
+    (VIDEO, (2, 3), (2, 3, 1, 1, 1), True),
+    (VIDEO, (2, 3, 4), (2, 3, 4, 1, 1), True),
+    (VIDEO, (2, 4), (2, 1, 4, 1, 1), False),
+    (VIDEO, (2, 1, 4, 1, 1), (2, 1, 4, 1, 1), False),
+    (VIDEO, (1, 1, 4), (1, 1, 4, 1, 1), False),
+    (SQUARE, (2, 3), (2, 3, 1, 1, 1), True),
+    ((1, 3, 4), (1,), (1, 1, 1), True),
+    ((0, 3), (0,), (0, 1), True),
+    ((), (), (), False),
+)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("method", compat.METHODS)
-def test_times_of_every_shape(schedules, method, dtype):
+def test_times_of_every_shape(schedules, method, dtype, monkeypatch):
     """One time, times of samples, of frames first, of frames of a video, of positions: as they broadcast."""
-    schedule, x, y = schedules.RFNoiseSchedule(), draw((2, 3, 4, 5, 2), dtype, 1), draw((2, 3, 4, 5, 2), dtype, 2)
-    for shape, broadcast in (
-        ((), (1, 1, 1, 1, 1)),
-        ((1,), (1, 1, 1, 1, 1)),
-        ((2,), (2, 1, 1, 1, 1)),
-        ((2, 1, 1, 1, 1), (2, 1, 1, 1, 1)),
-        ((2, 3), (2, 3, 1, 1, 1)),
-        ((2, 4), (2, 1, 4, 1, 1)),
-        ((2, 1, 4, 1, 1), (2, 1, 4, 1, 1)),
-        ((2, 3, 4), (2, 3, 4, 1, 1)),
-        ((1, 1, 4), (1, 1, 4, 1, 1)),
-    ):
-        t = times(*shape)
+    schedule, name = schedules.RFNoiseSchedule(), "add_noise" if method == "forward_process" else "predict_x0"
+    operator, used = getattr(compat, name), []
+    monkeypatch.setattr(compat, name, lambda *args, **named: used.append(1) or operator(*args, **named))
+    for shape, t_shape, broadcast, is_operator in TIMES:
+        x, y, t = draw(shape, dtype, 1), draw(shape, dtype, 2), times(*t_shape)
         exact = exact_methods(1 - t.reshape(broadcast), t.reshape(broadcast))[method]
+        used.clear()
         result = getattr(compat, method)(schedule, x, y, t)
+        assert bool(used) == is_operator and result.shape == shape, t_shape
         _, grads = values_and_grads(lambda a, b, t=t: getattr(compat, method)(schedule, a, b, t), (x, y))
         _, exact_grads = values_and_grads(exact, (x.double(), y.double()))
         for ours, truth in zip((result, *grads), (exact(x.double(), y.double()), *exact_grads), strict=True):
-            assert_twice(ours, ours, truth, f"t {shape}")
-        if method == "forward_process":
+            if ours.numel():
+                assert_twice(ours, truth.to(dtype), truth, f"t {t_shape}")
+        if method == "forward_process" and result.numel() > 1:
             loss = compat.denoising_score_matching_loss("v", x, x0=y, eps=x, noise_scheduler=schedule, t=t)
             time, (pred, x0) = t.reshape(broadcast), (x.double(), y.double())
             exact_loss = (pred - (1 - time) * pred + time * x0).square().mean()
-            assert_twice(loss, loss, exact_loss, f"velocity, t {shape}")
+            assert_twice(loss, exact_loss.to(dtype), exact_loss, f"velocity, t {t_shape}")
+
+
+@pytest.mark.parametrize("method", compat.METHODS)
+def test_images_broadcast_and_fail_as_pytorch_does(schedules, method):
+    schedule, t, x = schedules.RFNoiseSchedule(), times(3), draw((3, 4), torch.float32, 1)
+    for other in (draw((1, 4), torch.float32, 2), draw((4,), torch.float32, 2)):
+        ours, plain = (function(x, other, t) for function in (bound(method, schedule), getattr(schedule, method)))
+        torch.testing.assert_close(ours, plain)
+    with pytest.raises(RuntimeError, match="size"):
+        bound(method, schedule)(x, draw((2, 4), torch.float32, 2), t)
+    with pytest.raises(RuntimeError, match="size"):
+        bound(method, schedule)(x, x, times(2))
+
+
+def bound(method: str, schedule):
+    """Ours as a method of the schedule."""
+    return getattr(compat, method).__get__(schedule)
 
 
 def test_pure_noise_and_data_stay_finite(schedules):
@@ -349,12 +388,12 @@ def test_schedule_methods_of_mixed_dtypes(schedules, method):
             result = getattr(compat, method)(schedule, a, b, t)
             exact = exact_methods(1 - t[:, None], t[:, None])[method](a.double(), b.double())
             assert result.dtype == first
-            assert_twice(result, result, exact)
+            assert_twice(result, exact.to(first), exact)
 
 
 @pytest.mark.parametrize("method", compat.METHODS)
-def test_forward_mode_has_tangents(schedules, method):
-    """torch.func.jvp and dual numbers, as consistency models use them: operators would give tangents of 0."""
+def test_transforms_see_the_formula(schedules, method):
+    """torch.func and dual numbers, as consistency models use them: operators would give tangents of 0."""
     schedule, x, y = schedules.RFNoiseSchedule(), draw((2, 3), torch.float32, 1), draw((2, 3), torch.float32, 2)
     t = times(2)
     function = getattr(compat, method)
@@ -365,6 +404,8 @@ def test_forward_mode_has_tangents(schedules, method):
         dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
         tangent = torch.autograd.forward_ad.unpack_dual(function(schedule, dual, y, t)).tangent
     torch.testing.assert_close(tangent, expected, check_dtype=False)
+    batched = torch.func.vmap(lambda x: function(schedule, x, y, t))(torch.stack([x, x + 1]))
+    torch.testing.assert_close(batched[1], function(schedule, x + 1, y, t))
 
 
 def test_compiles_whole(schedules):
@@ -375,7 +416,7 @@ def test_compiles_whole(schedules):
         x_t = compat.forward_process(schedule, x, y, t)
         return compat.variational_score_distillation_loss(x, compat.eps_to_x0(schedule, x_t, y, t), x_t)
 
-    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(step, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x, y, t), step(x, y, t))
 
 
@@ -520,6 +561,13 @@ def test_no_fastgen(monkeypatch):
     assert isinstance(caught.value, ImportError)
     monkeypatch.setitem(sys.modules, "fastgen", ModuleType("fastgen"))  # the one on PyPI
     with pytest.raises(compat.FastGenNotFoundError, match="on PyPI is another project"):
+        compat.apply()
+
+    def fail(name):
+        raise ImportError("cannot import name 'this' from 'that'")
+
+    monkeypatch.setattr(importlib, "import_module", fail)
+    with pytest.raises(compat.FastGenNotFoundError, match="cannot be used: cannot import name 'this' from 'that'"):
         compat.apply()
 
 

@@ -29,7 +29,7 @@ class BaseNoiseSchedule(torch.nn.Module):
 
 class EDMNoiseSchedule(BaseNoiseSchedule):
     def alpha(self, t):
-        return torch.ones_like(t)
+        return torch.ones((), dtype=t.dtype)
 
     def sigma(self, t):
         return t
