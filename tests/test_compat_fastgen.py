@@ -6,6 +6,7 @@ tested dtype (tests/fastgen_stand_in, a package of FastGen's module names and si
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import doctest
 import importlib
@@ -509,6 +510,16 @@ def test_already_imported_modules_and_aliases(fastgen, losses):
         del sys.modules["fastgenerator"]
 
 
+def test_undo_leaves_what_others_put_there(fastgen, losses, schedules):
+    def own(*args):
+        return args
+
+    compat.apply()
+    losses.gan_loss_generator = schedules.RFNoiseSchedule.forward_process = own
+    compat.undo()
+    assert losses.gan_loss_generator is own and schedules.RFNoiseSchedule.forward_process is own
+
+
 def test_what_does_not_fit_is_left_and_reported(fastgen, losses, schedules, monkeypatch):
     def gan_loss_generator(fake_logits, weight):
         return weight
@@ -517,7 +528,10 @@ def test_what_does_not_fit_is_left_and_reported(fastgen, losses, schedules, monk
         def forward_process(self, x, t, eps):
             return x
 
-        x0_to_eps = property(lambda self: 0)
+        x0_to_eps = staticmethod(lambda self, xt, x0, t: x0)
+
+        @abc.abstractmethod
+        def eps_to_x0(self, xt, eps, t): ...
 
     losses.gan_loss_generator = gan_loss_generator
     del losses.gan_loss_discriminator
@@ -532,7 +546,7 @@ def test_what_does_not_fit_is_left_and_reported(fastgen, losses, schedules, monk
     )
     assert report.left["fastgen.methods.common_loss.gan_loss_discriminator"] == "there is none"
     assert report.left[f"{prefix}.forward_process"] == "takes (self, x, t, eps), ours (self, x, eps, t)"
-    assert report.left[f"{prefix}.x0_to_eps"] == "not a plain function"
+    assert report.left[f"{prefix}.x0_to_eps"] == report.left[f"{prefix}.eps_to_x0"] == "not a plain function"
     # These modules import names that are gone, or are not there.
     for name in ("dmd2", "f_distill", "ladd", "causvid", "self_forcing"):
         reason = report.left[f"fastgen.methods.distribution_matching.{name}"] if name != "f_distill" else ""

@@ -38,8 +38,8 @@ class Patches:
 
     def add_function(self, module: ModuleType, name: str, ours: Function) -> None:
         """Replace what `module` has under `name`, wherever the package holds the same object."""
-        original = getattr(module, name, None)
-        if name in self.functions and original is self.functions[name][1]:
+        original, known = getattr(module, name, None), self.functions.get(name)
+        if known and original is known[1]:
             return
         if reason := mismatch(original, ours):
             self.left[f"{module.__name__}.{name}"] = reason
@@ -50,8 +50,8 @@ class Patches:
     def add_methods(self, module: ModuleType, name: str, ours: Function) -> None:
         """Replace the method in every class of the module that defines it itself."""
         for kind in {value: None for value in vars(module).values() if isinstance(value, type)}:
-            original = vars(kind).get(name)
-            if original is None or original is self.methods.get((kind, name), (None, None))[1]:
+            original, known = vars(kind).get(name), self.methods.get((kind, name))
+            if original is None or (known and original is known[1]):
                 continue
             if reason := mismatch(original, ours):
                 self.left[place(kind, name)] = reason
