@@ -393,8 +393,8 @@ def test_schedule_methods_of_mixed_dtypes(schedules, method):
 
 
 @pytest.mark.parametrize("method", compat.METHODS)
-def test_transforms_see_the_formula(schedules, method):
-    """torch.func and dual numbers, as consistency models use them: operators would give tangents of 0."""
+def test_forward_mode_and_transforms(schedules, method):
+    """jvp and dual numbers, as consistency models use them, where operators would give tangents of 0; vmap and grad."""
     schedule, x, y = schedules.RFNoiseSchedule(), draw((2, 3), torch.float32, 1), draw((2, 3), torch.float32, 2)
     t = times(2)
     function = getattr(compat, method)
@@ -407,6 +407,8 @@ def test_transforms_see_the_formula(schedules, method):
     torch.testing.assert_close(tangent, expected, check_dtype=False)
     batched = torch.func.vmap(lambda x: function(schedule, x, y, t))(torch.stack([x, x + 1]))
     torch.testing.assert_close(batched[1], function(schedule, x + 1, y, t))
+    gradient = torch.func.grad(lambda x: function(schedule, x, y, t).sum())(x)
+    torch.testing.assert_close(gradient, expected, check_dtype=False)
 
 
 def test_compiles_whole(schedules):
@@ -417,8 +419,16 @@ def test_compiles_whole(schedules):
         x_t = compat.forward_process(schedule, x, y, t)
         return compat.variational_score_distillation_loss(x, compat.eps_to_x0(schedule, x_t, y, t), x_t)
 
-    compiled = torch.compile(step, backend="eager", fullgraph=True)
+    targets: list[str] = []
+
+    def backend(graph, inputs):
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    compiled = torch.compile(step, backend=backend, fullgraph=True)
     torch.testing.assert_close(compiled(x, y, t), step(x, y, t))
+    for name in ("add_noise", "predict_x0", "dmd_loss"):
+        assert f"dmd2_fast.{name}.default" in targets
 
 
 # --- apply and undo ---------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 | FastGen's name | what it is | operator |
 | --- | --- | --- |
-| denoising_score_matching_loss | mse(net_pred, x0, eps, alpha eps - sigma x0 or eps - x0) | denoising_loss |
+| denoising_score_matching_loss | mse of net_pred to x0, eps, alpha eps - sigma x0 or eps - x0 | denoising_loss |
 | variational_score_distillation_loss | mse(gen, gen - (fake - teacher) w) / 2 | dmd_loss |
 | gan_loss_generator, gan_loss_discriminator | means of softplus | gan_generator_loss, gan_discriminator_loss |
 | forward_process, eps_to_x0, x0_to_eps | x_t = alpha x0 + sigma eps, solved for each | add_noise, predict_x0 |
@@ -11,7 +11,7 @@ The first four are functions of fastgen.methods.common_loss, the others methods 
 fastgen.networks.noise_schedule, whose own alpha(t) and sigma(t) they use. Signatures and error types are FastGen's,
 errors over shapes are PyTorch's own. Arithmetic is in f32 (f64 where a tensor is f64) and rounded once. Where operators
 do not fit, the formula runs in plain PyTorch with the same arithmetic: times of a video's frames, gradients in the
-noise, forward-mode differentiation. Second derivatives through the operators are refused (RuntimeError).
+noise, forward-mode differentiation and torch.func. Second derivatives through the operators are refused (RuntimeError).
 """
 
 from __future__ import annotations
@@ -245,15 +245,15 @@ def _folded(alpha: Tensor, sigma: Tensor, *images: Tensor) -> tuple[Tensor, ...]
         return None
     if alpha.numel() == 1:
         alpha, sigma = (c.reshape(1).expand(len(first)) for c in (alpha, sigma))
-    num_folded = max((i + 1 for i, size in enumerate(alpha.shape) if size > 1), default=1)
+    num_folded = max([1, *(i + 1 for i, size in enumerate(alpha.shape) if size > 1)])
     if alpha.shape[:num_folded] != first.shape[:num_folded]:
         return None
     return alpha.flatten(), sigma.flatten(), *(image.flatten(0, num_folded - 1) for image in images)
 
 
 def _is_transformed() -> bool:
-    """Whether forward-mode differentiation or a functorch transform is on: operators would have tangents of 0."""
-    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    """Whether dual numbers or torch.func are at work: operators would have tangents of 0, or refuse to run."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 # --- swapping ---------------------------------------------------------------------------------------------------------
