@@ -1,4 +1,4 @@
-# make setup | test | train [RANKS=n] [STEPS=1] | results | sanitize | lint | clean. Each does its own set-up, in .venv.
+# make setup | test | train [RANKS=n] [STEPS=1] | results | ablations | sanitize | lint | clean. Each does its own set-up, in .venv.
 PYTHON ?= python3
 RANKS ?= 1
 STEPS ?= 4
@@ -13,7 +13,7 @@ else
 CONFIG ?= ds_digits.json
 endif
 
-.PHONY: options setup test teacher train results sanitize lint clean
+.PHONY: options setup test teacher train results ablations sanitize lint clean
 .DELETE_ON_ERROR:
 
 options:
@@ -39,6 +39,9 @@ train: options teacher
 
 results: teacher
 	$(BIN)/python -m dmd2_fast.results
+
+ablations: teacher
+	$(BIN)/python -m dmd2_fast.ablations
 
 sanitize: setup
 	tools/sanitize.sh

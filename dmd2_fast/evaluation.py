@@ -94,10 +94,11 @@ def _rows(config: Config, teacher: Denoiser, generator: FewStepGenerator) -> lis
     return rows
 
 
-def evaluate_run(run_folder: str | os.PathLike, **extra: Any) -> dict[str, Any]:
+def evaluate_run(run_folder: str | os.PathLike, *, generator_only: bool = False, **extra: Any) -> dict[str, Any]:
     """Measure a finished run; writes samples.safetensors, samples.png and summary.json and returns the summary.
 
-    `extra` goes into the summary. Raises `UserError` when the run has no generator yet or its data or teacher are gone.
+    `generator_only` leaves out the teacher's rows and the undistilled one; `extra` goes into the summary. Raises
+    `UserError` when the run has no generator yet or its data or teacher are gone.
     """
     folder = Path(run_folder)
     config, earlier = load_run_config(folder), read_json(folder / "summary.json")
@@ -107,7 +108,8 @@ def evaluate_run(run_folder: str | os.PathLike, **extra: Any) -> dict[str, Any]:
     reference = load_reference(config)
     classes = num_classes(teacher)
     labels, rows = cycling_labels(config.run.num_samples, classes), []
-    with tqdm(_rows(config, teacher, generator), desc="evaluate", disable=not config.run.progress) as bar:
+    wanted = _rows(config, teacher, generator)[-1 if generator_only else 0 :]
+    with tqdm(wanted, desc="evaluate", disable=not config.run.progress) as bar:
         for row in bar:
             start = time.perf_counter()
             images = row.sample(labels)

@@ -1,6 +1,7 @@
 """`make results`: the embedded default at three seeds, 4-step and 1-step, and docs/results.md from what came out.
 
 Every run is the command a user would type; finished runs are reused, so an interrupted call goes on where it stopped.
+Below MARKER the page is `make ablations`' (ablations.py); each of the two rewrites its own part alone.
 """
 
 from __future__ import annotations
@@ -12,14 +13,42 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .config import load_config
+from .config import Config, load_config
 from .errors import UserError
-from .runs import inspect_run
+from .runs import inspect_run, write_atomic
 
 CONFIGS = {"4-step": "ds_digits.json", "1-step": "configs/ds_digits_1step.json"}
 SEEDS = (0, 1, 2)
 COLUMNS = ("fd", "fd_pixels", "precision", "recall", "accuracy", "nearest_training", "seconds")
 OUT = Path("docs/results.md")
+MARKER = "<!-- Below: written by `make ablations`; above: by `make results`. -->\n"
+
+
+def write_above(text: str) -> None:
+    """Replace what stands above MARKER in docs/results.md."""
+    _write(text, _parts()[1])
+
+
+def write_below(text: str) -> None:
+    """Replace what stands below MARKER in docs/results.md."""
+    _write(_parts()[0], text)
+
+
+def _parts() -> tuple[str, str]:
+    above, _, below = (OUT.read_text() if OUT.exists() else "").partition(MARKER)
+    return above.rstrip("\n") + "\n", below.lstrip("\n")
+
+
+def _write(above: str, below: str) -> None:
+    OUT.parent.mkdir(exist_ok=True)
+    write_atomic(OUT, f"{above}\n{MARKER}\n{below}" if below else above)
+    print(f"\n{OUT}")
+
+
+def check_teacher_is_there(config: Config, command: str) -> None:
+    """`UserError` where nobody has trained the teacher that all runs share."""
+    if not Path(config.model.path).exists():
+        raise UserError(f"there is no teacher in {config.model.path}; `make {command}` trains it first")
 
 
 def run_folder(name: str, seed: int) -> Path:
@@ -70,17 +99,24 @@ def table(summaries: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def measured_on(summary: dict[str, Any]) -> str:
+    """Machine and versions, in a sentence each."""
+    machine, versions = summary["machine"], summary["versions"]
+    return (
+        f"Machine: {machine['cpu']}, {machine['threads']} threads, no GPU. "
+        f"torch {versions['torch']}, deepspeed {versions['deepspeed']}, diffusers {versions['diffusers']}."
+    )
+
+
 def page(summaries: dict[str, list[dict[str, Any]]]) -> str:
     """docs/results.md."""
     first = next(iter(summaries.values()))[0]
-    machine, versions = first["machine"], first["versions"]
     lines = [
         "# Results of the embedded default",
         "",
         f"Written by `make results`: means over seeds {', '.join(map(str, SEEDS))} (in brackets the range), one "
         "teacher, 2,000 samples a row, all against the 360 held-out test digits. `seconds`: to sample 1,000 images.",
-        f"Machine: {machine['cpu']}, {machine['threads']} threads, no GPU. "
-        f"torch {versions['torch']}, deepspeed {versions['deepspeed']}, diffusers {versions['diffusers']}.",
+        measured_on(first),
         "",
         "`fd` is the Frechet distance in the features of a small classifier trained on the training digits "
         "(dmd2_fast/classifier.py), `fd_pixels` the same in pixels; precision and recall are k-nearest-neighbour "
@@ -106,16 +142,12 @@ def page(summaries: dict[str, list[dict[str, Any]]]) -> str:
 def main() -> int:
     """Run everything that is missing, then write docs/results.md."""
     try:
-        teacher = Path(load_config(CONFIGS["4-step"]).model.path)
-        if not teacher.exists():
-            raise UserError(f"there is no teacher in {teacher}; `make results` trains it first")
+        check_teacher_is_there(load_config(CONFIGS["4-step"]), "results")
         summaries = {name: [run(name, config, seed) for seed in SEEDS] for name, config in CONFIGS.items()}
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    OUT.parent.mkdir(exist_ok=True)
-    OUT.write_text(page(summaries))
-    print(f"\n{OUT}")
+    write_above(page(summaries))
     return 0
 
 
