@@ -30,7 +30,7 @@ from .results import CONFIGS, SEEDS, check_teacher_is_there, find, write_below
 from .runs import inspect_run, open_run, read_json
 
 FOLDER = Path("runs/ablations")
-UPDATES = {"4-step": 100, "1-step": 400}
+UPDATES = {"4-step": 80, "1-step": 300}
 """Generator updates of the defaults' runs: fewer than their configurations have, so that all take less than an hour."""
 SAME_COMPUTE = 0.02
 """A row whose FLOPs differ by less from the default's is not run again at equal compute."""
@@ -45,7 +45,8 @@ TTUR_OFF = Row("two time-scale rule off", ("fake_score.ttur_ratio=1",), "worse",
 _GAN_OFF = ("adversarial.generator_weight=0", "adversarial.discriminator_weight=0")
 _LADD = (
     "distribution_matching.weight=0", "adversarial.features=teacher", 'adversarial.levels=["down.0", "mid"]',
-    "adversarial.generator_weight=1", "adversarial.discriminator_weight=1",
+    "adversarial.generator_weight=1", "adversarial.discriminator_weight=1", "generator.optimizer.params.lr=5e-5",
+    'adversarial.r1={"kind": "approximate", "weight": 0.1}',
 )  # fmt: skip
 
 

@@ -85,7 +85,7 @@ def table(outcomes: Sequence[Outcome], default: Outcome, own: set[Row] | None = 
         "| --- |" + " --- |" * (len(SMALLER_IS_BETTER) + 4),
     ]
     for outcome in outcomes:
-        mark = "" if own is None or outcome.row in own else " ="
+        mark = "" if own is None or outcome.row in {*own, default.row} else " ="
         cells = [outcome.row.name + mark, f"{outcome.updates:.0f}", str(outcome.iterations), f"{outcome.flops:.2f}"]
         for column in SMALLER_IS_BETTER:
             found = Comparison.of(outcome, default, column)
@@ -123,7 +123,7 @@ def _introduction(seeds: Sequence[int], summary: dict[str, Any]) -> list[str]:
         "default, so its iterations are updates x `fake_score.ttur_ratio`. At equal compute it has as many as cost the "
         "default's FLOPs (column `FLOPs`: of the run, over the default's, as `dmd2-fast plan` counts them); rows "
         "within 2 % are not run again. Warm-ups, the cosine and the memory of the averaged weights keep their share of "
-        "the run. Rates and all else are the configuration's, which was tuned for the default alone.",
+        "the run. All else is the configuration's, tuned for the default alone, but for the settings of the last table.",
     ]
 
 

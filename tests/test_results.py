@@ -2,6 +2,7 @@
 
 import pytest
 
+from dmd2_fast import results
 from dmd2_fast.results import COLUMNS, find, page
 
 
@@ -32,3 +33,17 @@ def test_find_picks_the_row():
     assert find(summary(0), "teacher", 4)["fd"] == 1.0
     with pytest.raises(StopIteration):
         find(summary(0), "teacher", 8)
+
+
+def test_each_script_rewrites_its_own_part(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "OUT", tmp_path / "docs" / "results.md")
+    results.write_above("# Results\n\nfirst\n")
+    assert results.OUT.read_text() == "# Results\n\nfirst\n"
+    results.write_below("## Ablations\n\nsecond\n")
+    whole = f"# Results\n\nfirst\n\n{results.MARKER}\n## Ablations\n\nsecond\n"
+    assert results.OUT.read_text() == whole
+    results.write_above("# Results\n\nthird\n")
+    assert results.OUT.read_text() == whole.replace("first", "third")
+    results.write_below("## Ablations\n\nfourth\n")
+    results.write_below("## Ablations\n\nfourth\n")
+    assert results.OUT.read_text() == whole.replace("first", "third").replace("second", "fourth")
