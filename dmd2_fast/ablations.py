@@ -30,7 +30,7 @@ from .results import CONFIGS, SEEDS, check_teacher_is_there, find, write_below
 from .runs import inspect_run, open_run, read_json
 
 FOLDER = Path("runs/ablations")
-UPDATES = {"4-step": 80, "1-step": 300}
+UPDATES = {"4-step": 60, "1-step": 240}
 """Generator updates of the defaults' runs: fewer than their configurations have, so that all take less than an hour."""
 SAME_COMPUTE = 0.02
 """A row whose FLOPs differ by less from the default's is not run again at equal compute."""
