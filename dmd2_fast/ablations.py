@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .ablations_page import Outcome, Row, section
-from .cli import parse_training_arguments
+from .cli_parser import parse_training_arguments
 from .config import Config, load_config
 from .errors import UserError
 from .plan_counts import count_updates
