@@ -24,6 +24,7 @@ from dmd2_fast.config_deepspeed import (
     OFF_VALUES,
     REFUSED_KEYS,
     REFUSED_ZERO_KEYS,
+    STAGE_3_KEYS,
     TOP_LEVEL_KEYS,
     ZERO_KEYS,
 )
@@ -143,15 +144,21 @@ def _zero_optimization() -> Schema:
     for key in REFUSED_ZERO_KEYS:
         # 0 and 0.0 equal false in Python, and 1 equals true: only JSON's own true is refused.
         keys[key] = {"description": "Not supported: off only.", "enum": [*OFF_VALUES, 0]}
-    sharded = "3: weights, gradients and optimizer states in shards; 2: all but the weights; 1: the states alone."
-    keys["stage"] = {"description": sharded, "enum": [1, 2, 3]}
+    divided = (
+        "Divided over the ranks: at 3 weights, gradients and optimizer states, at 2 the last two, at 1 the states."
+    )
+    keys["stage"] = {"description": divided, "enum": [1, 2, 3]}
     keys["offload_param"] = _offload([None, "none", "cpu", "nvme"])
     keys["offload_param"]["anyOf"][0] |= {
         "if": {"properties": {"device": {"const": "nvme"}}, "required": ["device"]},
         "then": {"properties": {"nvme_path": {"type": "string"}}, "required": ["nvme_path"]},
     }
     keys["offload_optimizer"] = _offload([None, "none", "cpu"], ratio={"const": 1})
-    return {"description": "DeepSpeed's ZeRO.", **_object(keys, ["stage"])}
+    whole = {
+        "properties": {**dict.fromkeys(sorted(STAGE_3_KEYS), False), "compute_grad_norm": {"not": {"const": False}}}
+    }
+    below_3 = {"if": {"properties": {"stage": {"enum": [1, 2]}}, "required": ["stage"]}, "then": whole}
+    return {"description": "DeepSpeed's ZeRO.", **_object(keys, ["stage"]), **below_3}
 
 
 BATCH_TEXTS = {

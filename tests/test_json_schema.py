@@ -62,6 +62,8 @@ GOOD = (
     ("train_micro_batch_size_per_gpu=8", "train_batch_size=null"),
     ('zero_optimization.offload_param={"device": "nvme", "nvme_path": "/nvme"}',),
     ('zero_optimization.offload_optimizer={"device": "cpu", "ratio": 1.0}', "zero_optimization.offload_param=null"),
+    ('zero_optimization={"stage": 2, "overlap_comm": true, "offload_optimizer": {"device": "cpu"}}',),
+    ('zero_optimization={"stage": 1}',),
     ("zero_optimization.zero_hpz_partition_size=1", "zero_optimization.cpu_offload=false"),
     ("zero_optimization.zenflow=null", 'zero_optimization.cpu_offload_param={"device": "none"}'),
 )
@@ -95,7 +97,8 @@ BAD = (
     "adversarial.features=teachr", "generator.optimizer.type=Adam", "model.kind=sd3", 'adversarial.levels=["top"]',
     "adversarial.r1.kind=null",
     # DeepSpeed's
-    "fp16.enabled=true", "torch_autocast.enabled=true", "zero_optimization.stage=4", "zero_optimization.stage=true",
+    "fp16.enabled=true", "torch_autocast.enabled=true", "zero_optimization.stage=0", "zero_optimization.stage=true",
+    "zero_optimization.stage=2", 'zero_optimization={"stage": 2, "compute_grad_norm": false}',
     "zero_optimization.offload_param=true", 'zero_optimization.offload_optimizer={"device": "disk"}',
     'zero_optimization.offload_param={"device": "nvme"}', 'zero_optimization.offload_optimizer={"device": "nvme"}',
     'zero_optimization.offload_optimizer={"device": "cpu", "ratio": 0.5}', "zero_optimization.cpu_offload=true",
