@@ -122,8 +122,8 @@ def _introduction(seeds: Sequence[int], summary: dict[str, Any]) -> list[str]:
         "All runs are shorter than the configuration's own. At equal generator updates a row has as many as the "
         "default, so its iterations are updates x `fake_score.ttur_ratio`. At equal compute it has as many as cost the "
         "default's FLOPs (column `FLOPs`: of the run, over the default's, as `dmd2-fast plan` counts them); rows "
-        "within 2 % are not run again. Warm-ups, the cosine and the memory of averaged weights keep their share of the "
-        "run. All else is the configuration's, tuned for the default alone, but for the settings of the last table.",
+        "within 2 % are not run again. Warm-ups, the cosine and the memory of the averaged weights keep their share of "
+        "the run. All else is the configuration's, tuned for the default alone, but for the last table's settings.",
     ]
 
 

@@ -32,11 +32,13 @@ SETTINGS = {
     for row in ROW.finditer((ROOT / "docs/methods.md").read_text())
 }
 
-ITERATIONS = 64
-BETTER = 0.9
+ITERATIONS = 48
+UNTRAINED_HEAD = {"gan": 112, "ladd": 160}
+"""Iterations where the generator has nothing to follow until the head has learnt something."""
+BETTER = 0.85
 SHORT = (
     "train_batch_size=32", "teacher.training.iterations=400", "data.loader=plain", "run.progress=false",
-    f"run.iterations={ITERATIONS}", "run.sample_interval=0", "run.log_interval=1", "fake_score.ttur_ratio=2",
+    "run.sample_interval=0", "run.log_interval=1", "fake_score.ttur_ratio=2",
     "generator.ema=0.8", "generator.lr_scheduler.params.warmup_iterations=8",
     "fake_score.lr_scheduler.params.warmup_iterations=8", "fake_score.optimizer.params.lr=1e-3",
 )  # fmt: skip
@@ -68,7 +70,11 @@ def short_run(name, folder):
     """The configuration of a short run under `folder`, its teacher trained, its pairs made where it has any."""
     config = load_config(CONFIGS[name], SHORT)
     paths = [f"model.path={folder / Path(config.model.path).name}", f"data.path={folder / 'data'}"]
-    paths += [f"run.folder={folder / name}", f"generator.steps={list(config.generator.steps[::2])}"]
+    paths += [
+        f"run.iterations={UNTRAINED_HEAD.get(name, ITERATIONS)}",
+        f"run.folder={folder / name}",
+        f"generator.steps={list(config.generator.steps[::2])}",
+    ]
     if config.regression.is_on:
         paths.append(f"regression.path={folder / 'pairs'}")
     config = load_config(CONFIGS[name], [*SHORT, *paths])
@@ -100,7 +106,8 @@ def test_a_short_run_is_finite_and_better_than_the_start(name, digits):
 
     start = score(load_denoiser(config.model).eval())
     reached, lines = train(config, score)
-    print(f"{name}: {start:.3f} -> {reached:.3f}")
     assert reached < BETTER * start
-    assert len(lines) == ITERATIONS and all(math.isfinite(value) for line in lines for value in line.values())
+    assert len(lines) == config.run.iterations and all(
+        math.isfinite(value) for line in lines for value in line.values()
+    )
     assert all(line["skipped/generator"] == line["skipped/fake_score"] == 0 for line in lines)
