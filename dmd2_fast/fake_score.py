@@ -18,8 +18,9 @@ class FakeScore(nn.Module):
     or None, penalty or None).
 
     The head reads rows `logit_rows` of the own features, or `features` of the teacher when given. `penalty` is applied
-    to the last `penalty_rows` of what the head reads. Without a denoiser (LADD: a head and no score), or
-    without x_t, only `features` count.
+    to the last `penalty_rows` of what the head reads, or `logit_penalty` to the logits: here, because a gradient of
+    what an engine returns sets off the hooks by which DeepSpeed notices its backward. Without a denoiser (LADD: a head
+    and no score), or without x_t, only `features` count.
     """
 
     def __init__(self, denoiser: Denoiser | None, heads: GANHeads | None, levels: tuple[str, ...] = ()):
@@ -41,6 +42,7 @@ class FakeScore(nn.Module):
         logits: bool = True,
         penalty: FeaturePenalty | None = None,
         penalty_rows: int = 0,
+        logit_penalty: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         prediction: Tensor | None = None
         own: tuple[Tensor, ...] = ()
@@ -55,4 +57,7 @@ class FakeScore(nn.Module):
         penalised = None
         if penalty is not None:
             penalised = penalty(self.heads, tuple(feature[-penalty_rows:] for feature in source))
-        return prediction, self.heads(source), penalised
+        judged = self.heads(source)
+        if logit_penalty is not None:
+            penalised = logit_penalty(judged)
+        return prediction, judged, penalised

@@ -17,6 +17,7 @@ from dmd2_fast.runs import read_metrics
 from dmd2_fast.trainer import Trainer, main
 
 SPLIT = accumulate(2, 2)
+EXACT = {"kind": "exact", "weight": 5.0}
 
 
 def zero(stage: int, **keys) -> dict:
@@ -44,7 +45,15 @@ CASES = {
         gather="network", passes="shared", iterations=4,
         deepspeed=zero(2, offload_optimizer={"device": "cpu"}, reduce_scatter=False),
     ),
+    "1-exact-r1": case(
+        gather="network", passes="independent", r1=EXACT, iterations=3, deepspeed={**zero(1), **SPLIT},
+    ),
+    "2-exact-r1": case(
+        gather="network", passes="shared", features="teacher", r1=EXACT, iterations=3, deepspeed={**zero(2), **SPLIT},
+    ),
 }  # fmt: skip
+for name in ("1-exact-r1", "2-exact-r1"):
+    CASES[name].section["model"] = {"fused_operators": False}
 SPOILED = {"1-spoiled": zero(1), "2-spoiled": {**zero(2), **SPLIT}}
 RESUMED = {"1": zero(1), "2": zero(2, round_robin_gradients=True)}
 ADAPTERS = case(gather="network", passes="shared", guidance=2.0, iterations=4, deepspeed={**zero(2), **SPLIT})
