@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from .algorithm import Algorithm
 from .config import Config, load_config
 from .config_deepspeed import shards_weights
 from .denoiser import Denoiser
@@ -139,13 +140,11 @@ class Planner:
         self._counted: dict[Any, tuple[Counts, dict[str, list[int]]]] = {}
 
     def _count(self, config: Config, source_key: Any) -> tuple[Counts, dict[str, list[int]]]:
-        key = (
-            config.model, config.micro_batch_size, config.generator.steps, config.generator.rollout_index,
-            config.passes, config.adversarial, config.teacher.guidance_scale, ZeRO.from_config(config).persistence,
-        )  # fmt: skip
+        persistence = ZeRO.from_config(config).persistence
+        key = (config.model, config.micro_batch_size, Algorithm.from_config(config), persistence)
         if key not in self._counted:
             networks = build(config, self._bases[source_key][0])
-            counts = count_updates(config, networks, ZeRO.from_config(config).persistence)
+            counts = count_updates(config, networks, persistence)
             sizes = {name: [p.numel() for p in group] for name, group in networks.parameters.items()}
             self._counted[key] = counts, sizes
         return self._counted[key]
