@@ -37,10 +37,11 @@ UNTRAINED_HEAD = {"gan": 112, "ladd": 160}
 """Iterations where the generator has nothing to follow until the head has learnt something."""
 BETTER = 0.85
 SHORT = (
-    "train_batch_size=32", "teacher.training.iterations=400", "data.loader=plain", "run.progress=false",
+    "train_batch_size=32", "teacher.training.iterations=300", "data.loader=plain", "run.progress=false",
     "run.sample_interval=0", "run.log_interval=1", "fake_score.ttur_ratio=2",
     "generator.ema=0.8", "generator.lr_scheduler.params.warmup_iterations=8",
     "fake_score.lr_scheduler.params.warmup_iterations=8", "fake_score.optimizer.params.lr=1e-3",
+    'zero_optimization.leaf_module={"classes": ["diffusers.models.resnet.ResnetBlock2D"]}',
 )  # fmt: skip
 
 
@@ -106,6 +107,7 @@ def test_a_short_run_is_finite_and_better_than_the_start(name, digits):
 
     start = score(load_denoiser(config.model).eval())
     reached, lines = train(config, score)
+    print(f"{name}: {start:.3f} -> {reached:.3f}")
     assert reached < BETTER * start
     assert len(lines) == config.run.iterations and all(
         math.isfinite(value) for line in lines for value in line.values()
