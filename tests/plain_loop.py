@@ -260,6 +260,12 @@ def relative(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) ->
     return math.sqrt(difference / sum(float(value.double().pow(2).sum()) for value in expected.values()))
 
 
+def split_noise(config: Config, whole: Trace) -> float:
+    """How far first gradients of plain PyTorch are from its own, the batch in two or four parts: f32 tells no more."""
+    splits = [plain_run(config, 1, parts=parts).gradients for parts in (2, 4)]
+    return max(relative(other[name], value) for other in splits for name, value in whole.gradients.items())
+
+
 def moved(weights: dict[str, torch.Tensor], start: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: value - start[name] for name, value in weights.items()}
 

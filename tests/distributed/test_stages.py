@@ -4,7 +4,7 @@ import pytest
 import torch
 from exact_r1 import plain_gradients
 from lora_oracle import plain_lora_run, prepare_with_attention
-from plain_loop import moved, plain_run, prepare, relative, worst_loss, write_config
+from plain_loop import moved, plain_run, prepare, relative, split_noise, worst_loss, write_config
 from ranks import run_ranks
 from safetensors.torch import load_file
 from stages import ADAPTERS, CASES, EXACT_R1, RESUMED, SPOILED, adapters_section, zero
@@ -44,9 +44,9 @@ def load(runs, name, rank=0):
     return torch.load(runs[0] / f"{name}-rank{rank}.pt", weights_only=False)
 
 
-def check_equal(got, expected):
+def check_equal(got, expected, limit=GRADIENT):
     gradients = {name: relative(got["gradients"][name], value) for name, value in expected.gradients.items()}
-    assert max(gradients.values()) < GRADIENT, gradients
+    assert max(gradients.values()) < limit, gradients
     assert worst_loss(got["losses"], expected.losses) < LOSS
     for name, value in expected.weights.items():
         assert relative(got["weights"][name], value) < WEIGHTS
@@ -59,7 +59,11 @@ def check_equal(got, expected):
 def test_equals_plain_pytorch(runs, name):
     got = load(runs, name)
     assert got["finished"] and got["updates"] >= 2
-    check_equal(got, plain_run(runs[1][name], CASES[name].iterations))
+    config, limit = runs[1][name], GRADIENT
+    expected = plain_run(config, CASES[name].iterations)
+    if not config.model.fused_operators:  # without them GRADIENT is below what the split itself changes
+        limit = max(GRADIENT, split_noise(config, expected))
+    check_equal(got, expected, limit)
     for network, value in load(runs, name, rank=1)["weights"].items():
         assert relative(value, got["weights"][network]) == 0
 

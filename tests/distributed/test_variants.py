@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from plain_loop import plain_run, prepare, write_config
+from plain_loop import plain_run, prepare, split_noise, write_config
 from ranks import run_ranks
 from test_equality import GRADIENT, LOSS, STEPS, WEIGHTS, differences
 from variant_cases import VARIANTS
@@ -30,7 +30,10 @@ def test_equals_plain_pytorch(runs, name):
     expected = plain_run(configs[name], VARIANTS[name].iterations)
     found = differences(got, expected)
     print(name, found)
-    for kind, limit in (("gradient", GRADIENT), ("loss", LOSS), ("steps", STEPS), ("weights", WEIGHTS)):
+    gradient = GRADIENT
+    if configs[name].teacher.skip_layer_guidance is not None:  # a difference of predictions: the split changes more
+        gradient = max(GRADIENT, split_noise(configs[name], expected))
+    for kind, limit in (("gradient", gradient), ("loss", LOSS), ("steps", STEPS), ("weights", WEIGHTS)):
         assert max(found[kind].values()) < limit, (kind, found[kind])
     assert got["updates"] == len(expected.updates["generator"]) >= 3
 
