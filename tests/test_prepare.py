@@ -23,7 +23,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 from pipelines import CAPTIONS, make_pipeline, write_images
-from tiny import ROOT, one_core
+from tiny import ROOT, on_one_core
 
 from dmd2_fast import prepare as module
 from dmd2_fast import trainer
@@ -174,10 +174,10 @@ def test_killed_and_started_again_gives_the_same_bytes(pipelines, images, tmp_pa
         "prepare", "--images", str(images), "--config", CONFIGS["sdxl"], "--set", f"model.path={pipelines['sdxl']}",
         "--samples-per-shard", "4", "--batch-size", "3", "--set",
     ]  # fmt: skip
-    flags = {"env": {**os.environ, "OMP_NUM_THREADS": "1"}, "preexec_fn": one_core, "capture_output": True}
+    flags = {"env": {**os.environ, "OMP_NUM_THREADS": "1"}, "capture_output": True}
     killed = tmp_path / "killed"
     code = [sys.executable, "-c", KILLED, *arguments, f"data.path={killed}"]
-    assert subprocess.run(code, **flags, timeout=200).returncode == -signal.SIGKILL
+    assert subprocess.run(on_one_core(code), **flags, timeout=200).returncode == -signal.SIGKILL
     names = {path.name for path in killed.iterdir()}
     assert "train-000000.tar" in names and "dataset.json" not in names
     assert any(name.startswith(".train-000001.tar.") for name in names)

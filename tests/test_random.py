@@ -145,7 +145,7 @@ def test_stream_table():
     expected = {
         "DATA_ORDER": 0, "AUGMENTATION": 1, "DMD_TIME": 2, "DMD_NOISE": 3, "DENOISING_TIME": 4, "DENOISING_NOISE": 5,
         "GAN_FAKE_TIME": 6, "GAN_FAKE_NOISE": 7, "GAN_REAL_TIME": 8, "GAN_REAL_NOISE": 9, "R1": 10, "ROLLOUT_INDEX": 11,
-        "GENERATOR_INPUT": 12, "PAIR_ORDER": 13, "ROLLOUT_STEP": 16, "USER": 64,
+        "GENERATOR_INPUT": 12, "PAIR_ORDER": 13, "INPUT_SOURCE": 14, "INPUT_NOISE": 15, "ROLLOUT_STEP": 16, "USER": 64,
     }  # fmt: skip
     assert {stream.name: stream.value for stream in Stream} == expected
 

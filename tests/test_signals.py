@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny import ROOT, one_core
+from tiny import ROOT, on_one_core
 
 from dmd2_fast import stopping
 from dmd2_fast.errors import RunFolderError
@@ -39,8 +39,8 @@ def start():
 
     def start(*command, **options):
         process = subprocess.Popen(
-            list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-            preexec_fn=one_core, env={**os.environ, "OMP_NUM_THREADS": "1"}, **options,
+            on_one_core(list(map(str, command))), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, **options,
         )  # fmt: skip
         started.append(process)
         return process

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from tiny import ROOT, one_core, tiny_config, write_split
+from tiny import ROOT, on_one_core, tiny_config, write_split
 
 from dmd2_fast import failures, trainer
 from dmd2_fast.cli import main as dmd2_fast
@@ -251,9 +251,7 @@ def damage_checkpoints():
 def test_a_damaged_checkpoint(world):
     code = "import test_train_errors as t; t.damage_checkpoints(); print('as expected')"
     environment = {**RUN_FLAGS["env"], "PYTHONPATH": str(ROOT / "tests")}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=world, preexec_fn=one_core, **{**RUN_FLAGS, "env": environment}
-    )
+    done = subprocess.run(on_one_core([sys.executable, "-c", code]), cwd=world, **{**RUN_FLAGS, "env": environment})
     assert done.returncode == 0 and done.stdout.endswith("as expected\n"), done.stderr
 
 
@@ -282,7 +280,7 @@ def test_a_disk_that_is_full_at_the_first_file(world):
 
 def test_a_disk_that_is_full_at_the_checkpoint(world):
     code = FULL_DISK.format(root=str(ROOT), limit=100_000)
-    done = subprocess.run([sys.executable, "-c", code], cwd=world, preexec_fn=one_core, **RUN_FLAGS)
+    done = subprocess.run(on_one_core([sys.executable, "-c", code]), cwd=world, **RUN_FLAGS)
     assert done.returncode == 2, done.stderr
     check_message(done.stderr, "a file could not be opened or written", "Is the disk full")
     assert not list(world.rglob("*.tmp")) and not list(world.rglob(".lock"))
@@ -292,7 +290,7 @@ def test_two_ranks_speak_once(world):
     """DeepSpeed's launch.py with two ranks and no --config: usage and message of rank 0 alone."""
     command = [sys.executable, "-m", "deepspeed.launcher.launch", "--world_info=eyJsb2NhbGhvc3QiOiBbMCwgMV19"]
     command += ["--master_addr=127.0.0.1", "--master_port=29617", str(ROOT / "train.py")]
-    done = subprocess.run(command, cwd=world, preexec_fn=one_core, **RUN_FLAGS)
+    done = subprocess.run(on_one_core(command), cwd=world, **RUN_FLAGS)
     assert done.returncode == 2
     assert done.stderr.count("usage:") == 1 and done.stderr.count("--config") == 2
     check_message(done.stderr, "the following arguments are required: --config")

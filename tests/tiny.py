@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -123,6 +123,12 @@ def write_split(folder: Path, split: str, num: int, *, side: int = 8, classes: i
     write_shard(folder / f"{split}-000000.tar", members())
 
 
-def one_core() -> None:
-    """For a child process: keep to one core. Two threads on busy cores wait for each other more than they work."""
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+def on_one_core(command: list[str]) -> list[str]:
+    """The command, kept to one core: two threads on busy cores wait for each other more than they work.
+
+    Without subprocess's preexec_fn, which has all the memory of the tests' process forked.
+    """
+    code = (
+        "import os, sys; os.sched_setaffinity(0, {max(os.sched_getaffinity(0))}); os.execvp(sys.argv[1], sys.argv[1:])"
+    )
+    return [sys.executable, "-c", code, *command]
