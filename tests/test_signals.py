@@ -39,8 +39,8 @@ def start():
 
     def start(*command, **options):
         process = subprocess.Popen(
-            on_one_core(list(map(str, command))), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"}, **options,
+            on_one_core(list(map(str, command))), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, **options,
         )  # fmt: skip
         started.append(process)
         return process
