@@ -112,7 +112,8 @@ def equality(folder: Path, options: dict) -> None:
             print(f"{name}: {time.perf_counter() - start:.1f} s", flush=True)
             torch.save(result, folder / f"{name}-rank{rank.rank}.pt")
     if rank.world_size == 2:
-        path = write_config(folder, "frozen-engine", 2, **CASES["module-guided"].section)[0]
+        path = folder / "frozen-engine.json"
+        on_main(rank, lambda: write_config(folder, path.stem, 2, **CASES["module-guided"].section))
         with frozen_engine():
             torch.save(run_case(rank, path), folder / f"frozen-engine-rank{rank.rank}.pt")
 
