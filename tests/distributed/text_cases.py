@@ -154,7 +154,7 @@ def construction(folder: Path, options: dict) -> None:
     algorithm = Algorithm.from_config(config)
     gc.collect()
     with Held() as held:
-        networks = build_networks(config, algorithm.levels, algorithm.own_levels, rank)
+        networks = build_networks(config, algorithm, rank)
     found = {}
     for name, module in zip(("generator", "fake_score", "teacher"), networks, strict=True):
         found[name] = whole_on_cpu(dict(module.named_parameters()))
@@ -168,7 +168,7 @@ def construction(folder: Path, options: dict) -> None:
 
     Source.tensors = broken
     try:
-        build_networks(config, algorithm.levels, algorithm.own_levels, rank)
+        build_networks(config, algorithm, rank)
     except UserError as error:
         errors.append(str(error))
     Source.tensors = original
@@ -192,7 +192,7 @@ def passes(folder: Path, options: dict) -> None:
     rank, result = init_distributed(), {}
     for name in ("module", "network"):
         config = load_config(folder / f"{name}.json", (), rank.world_size)
-        networks = build_networks(config, ("mid",), ("mid",), rank)
+        networks = build_networks(config, Algorithm.from_config(config), rank)
         engines = Engines(config, *networks)
         x, t = torch.randn(2, 4, SIDE, SIDE), torch.tensor([10, 900])
         condition = {
