@@ -301,11 +301,9 @@ def fake_score_loss(
         metrics["fake_score/denoising"] = loss_denoising
     if real is not None:
         assert logits is not None
-        fake_logits, real_logits, perturbed = logits[:n], logits[n : 2 * n], logits[2 * n :]
+        fake_logits, real_logits = logits[:n], logits[n : 2 * n]
         loss_gan = gan_discriminator_loss(real_logits, fake_logits)
         metrics |= {"fake_score/gan": loss_gan, "logits/real": real_logits.mean(), "logits/fake": fake_logits.mean()}
-        if real.penalty is not None and not real.double_backward:
-            penalty = real.penalty(real_logits, perturbed)
         if penalty is not None:
             metrics["fake_score/r1"] = penalty
             loss_gan = loss_gan + algorithm.r1_weight * algorithm.r1_interval * penalty
@@ -324,11 +322,11 @@ def _critic_pass(
     if judged is not None and real is not None:
         critic = [judged, real.rows]
         options |= {"penalty": real.feature_penalty, "penalty_rows": len(judged)}
+        if (of_logits := real.penalty) is not None:
+            n = len(judged)
+            options["logit_penalty"] = lambda logits: of_logits(logits[n : 2 * n], logits[2 * n :])
         if real.double_backward:  # which no other kernel of attention has
             attention = partial(sdpa_kernel, SDPBackend.MATH)
-            n, of_logits = len(judged), real.penalty
-            assert of_logits is not None
-            options["logit_penalty"] = lambda logits: of_logits(logits[n : 2 * n], logits[2 * n :])
         if algorithm.features == "teacher":
             x_t, t, condition = joined(critic)
             with torch.set_grad_enabled(real.double_backward), attention():
